@@ -1,0 +1,497 @@
+"""Weights in and out: our own checkpoint directory, and the files that others publish.
+
+    save(dir, model, tokenizer, ...)     config.json, model.safetensors, tokenizer.model, and what resuming needs
+    load(dir) -> InfMLLM                 no flags: the architecture travels with the weights
+    load_llama, load_vit, load_llava, load_infmllm, export_llama
+
+A foreign file is read through a table: its names on the left, ours on the right. `{}` is a number, `*` any ending,
+None means dropped on purpose, a tuple takes a matrix apart by rows, and `name[1/3]` is the second of three row blocks
+of ours. A key that no line names, a tensor of ours that no key fills, or a shape that differs is an error.
+No file is unpickled but by torch.load(weights_only=True), which builds tensors and nothing else.
+"""
+import json
+import math
+import os
+import re
+import shutil
+import zlib
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from data import BadInput
+from model import EVA_G, Config, InfMLLM, Llama, LlamaConfig, ViT, ViTConfig, resize_positions
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their names and ours
+
+LLAMA = {
+    "model.embed_tokens.weight": "embed.weight",
+    "model.layers.{}.input_layernorm.weight": "layers.{}.attn_norm.weight",
+    "model.layers.{}.self_attn.q_proj.weight": "layers.{}.q.weight",
+    "model.layers.{}.self_attn.k_proj.weight": "layers.{}.k.weight",
+    "model.layers.{}.self_attn.v_proj.weight": "layers.{}.v.weight",
+    "model.layers.{}.self_attn.o_proj.weight": "layers.{}.o.weight",
+    "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
+    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.gate.weight",
+    "model.layers.{}.mlp.up_proj.weight": "layers.{}.up.weight",
+    "model.layers.{}.mlp.down_proj.weight": "layers.{}.down.weight",
+    "model.layers.{}.self_attn.rotary_emb.inv_freq": None,         # computed from the config
+    "model.rotary_emb.inv_freq": None,
+    "model.norm.weight": "norm.weight",
+    "lm_head.weight": "lm_head.weight",
+}
+EVA = {      # eva_vit_g.pth and the visual_encoder of InfMLLM_7B
+    "cls_token": "cls",
+    "pos_embed": "positions",
+    "patch_embed.proj.weight": "patch_embed.weight",
+    "patch_embed.proj.bias": "patch_embed.bias",
+    "blocks.{}.norm1.weight": "blocks.{}.norm1.weight",
+    "blocks.{}.norm1.bias": "blocks.{}.norm1.bias",
+    "blocks.{}.attn.qkv.weight": "blocks.{}.qkv.weight",
+    "blocks.{}.attn.q_bias": "blocks.{}.q_bias",
+    "blocks.{}.attn.v_bias": "blocks.{}.v_bias",
+    "blocks.{}.attn.proj.weight": "blocks.{}.proj.weight",
+    "blocks.{}.attn.proj.bias": "blocks.{}.proj.bias",
+    "blocks.{}.norm2.weight": "blocks.{}.norm2.weight",
+    "blocks.{}.norm2.bias": "blocks.{}.norm2.bias",
+    "blocks.{}.mlp.fc1.weight": "blocks.{}.fc1.weight",
+    "blocks.{}.mlp.fc1.bias": "blocks.{}.fc1.bias",
+    "blocks.{}.mlp.fc2.weight": "blocks.{}.fc2.weight",
+    "blocks.{}.mlp.fc2.bias": "blocks.{}.fc2.bias",
+    "norm.*": None, "fc_norm.*": None, "head.*": None,             # what EVA was trained with and BLIP-2 leaves out
+}
+TOWER = {    # the lines that transformers' CLIP and BLIP-2 towers share
+    "embeddings.class_embedding": "cls",
+    "embeddings.patch_embedding.weight": "patch_embed.weight",
+    "embeddings.position_ids": None,
+    "encoder.layers.{}.layer_norm1.weight": "blocks.{}.norm1.weight",
+    "encoder.layers.{}.layer_norm1.bias": "blocks.{}.norm1.bias",
+    "encoder.layers.{}.layer_norm2.weight": "blocks.{}.norm2.weight",
+    "encoder.layers.{}.layer_norm2.bias": "blocks.{}.norm2.bias",
+    "encoder.layers.{}.mlp.fc1.weight": "blocks.{}.fc1.weight",
+    "encoder.layers.{}.mlp.fc1.bias": "blocks.{}.fc1.bias",
+    "encoder.layers.{}.mlp.fc2.weight": "blocks.{}.fc2.weight",
+    "encoder.layers.{}.mlp.fc2.bias": "blocks.{}.fc2.bias",
+    "post_layernorm.*": None,
+}
+CLIP = TOWER | {
+    "embeddings.position_embedding.weight": "positions",
+    "pre_layrnorm.weight": "pre_norm.weight",                      # their spelling
+    "pre_layrnorm.bias": "pre_norm.bias",
+    "encoder.layers.{}.self_attn.q_proj.weight": "blocks.{}.qkv.weight[0/3]",
+    "encoder.layers.{}.self_attn.k_proj.weight": "blocks.{}.qkv.weight[1/3]",
+    "encoder.layers.{}.self_attn.v_proj.weight": "blocks.{}.qkv.weight[2/3]",
+    "encoder.layers.{}.self_attn.q_proj.bias": "blocks.{}.q_bias",
+    "encoder.layers.{}.self_attn.k_proj.bias": None,               # cancels in the softmax
+    "encoder.layers.{}.self_attn.v_proj.bias": "blocks.{}.v_bias",
+    "encoder.layers.{}.self_attn.out_proj.weight": "blocks.{}.proj.weight",
+    "encoder.layers.{}.self_attn.out_proj.bias": "blocks.{}.proj.bias",
+}
+CLIP_TEXT = {"text_model.*": None, "text_projection.weight": None, "visual_projection.weight": None,
+             "logit_scale": None}
+BLIP2 = TOWER | {
+    "embeddings.position_embedding": "positions",
+    "embeddings.patch_embedding.bias": "patch_embed.bias",
+    "encoder.layers.{}.self_attn.qkv.weight": "blocks.{}.qkv.weight",
+    "encoder.layers.{}.self_attn.qkv.bias": ("blocks.{}.q_bias", None, "blocks.{}.v_bias"),
+    "encoder.layers.{}.self_attn.projection.weight": "blocks.{}.proj.weight",
+    "encoder.layers.{}.self_attn.projection.bias": "blocks.{}.proj.bias",
+}
+
+
+def prefixed(table, theirs, ours=""):
+    """The same table for tensors that stand one floor deeper, there and here."""
+    def put(name): return tuple(put(n) for n in name) if isinstance(name, tuple) else name and ours + name
+    return {theirs + key: put(name) for key, name in table.items()}
+
+
+def clip(config):
+    """CLIP's table, without the last block: LLaVA reads hidden state -2."""
+    return {f"encoder.layers.{config.layers}.*": None} | CLIP
+
+
+def eva(config):
+    """EVA's table; block 39 of the published file does not run."""
+    return {f"blocks.{config.layers}.*": None} | EVA
+
+
+def llama(config):
+    return LLAMA | ({"lm_head.weight": None} if config.tied else {})
+
+
+def llava(c):        # transformers 5 leaves `vision_model.` out where the published files have it
+    projector = {f"multi_modal_projector.linear_{i}.{leaf}": f"adapter.fc{i}.{leaf}"
+                 for i in (1, 2) for leaf in ("weight", "bias")}
+    vit = clip(c.vit)
+    return (prefixed(llama(c.llm), "language_model.", "llm.") | projector
+            | prefixed(vit, "vision_tower.vision_model.", "vit.") | prefixed(vit, "vision_tower.", "vit."))
+
+
+def infmllm(c):
+    ends = [(f"ln_vision.{leaf}", f"adapter.norm.{leaf}") for leaf in ("weight", "bias")]
+    ends += [(f"pooler.mlp.{2 * i - 2}.{leaf}", f"adapter.fc{i}.{leaf}") for i in (1, 2) for leaf in ("weight", "bias")]
+    return prefixed(eva(c.vit), "visual_encoder.", "vit.") | prefixed(llama(c.llm), "lm_model.", "llm.") | dict(ends)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From a table and the shapes on both sides to a list of moves
+
+def targets_of(key, table):
+    """Our names for their key, one per row block that it is taken apart into (None: dropped). KeyError if unknown."""
+    for theirs, ours in table:
+        if match := theirs.fullmatch(key):
+            number = match[1] if match.groups() else ""
+            return [name and name.replace("{}", number) for name in (ours if isinstance(ours, tuple) else (ours,))]
+    raise KeyError(key)
+
+
+def moves(model, shapes, table, what):
+    """[(their key, [(our name, row block, of how many), None if dropped, ...])]; an error lists all that is wrong."""
+    table = [(re.compile(re.escape(k).replace(r"\{\}", r"(\d+)").replace(r"\*", ".*")), v) for k, v in table.items()]
+    ours, filled, plan, wrong = dict(model.named_parameters()), {}, [], []
+    for key, shape in shapes.items():
+        try: names = targets_of(key, table)
+        except KeyError: wrong.append(f"{key}: left over, no tensor of this name is known"); continue
+        targets = []
+        for name in names:
+            if name is None: targets.append(None); continue
+            name, block, of = re.fullmatch(r"(.*?)(?:\[(\d)/(\d)\])?", name).groups()
+            block, of = int(block or 0), int(of or 1)
+            if name not in ours: wrong.append(f"{key}: left over, this model has no {name}"); continue
+            want, have = list(ours[name].shape), list(shape)
+            while len(have) > len(want) and have[0] == 1: have = have[1:]              # cls_token (1,1,D) is our (D)
+            have = [have[0] * of // len(names), *have[1:]]
+            grid = name.endswith("positions") and have[1:] == want[1:] and math.isqrt(have[0] - 1) ** 2 == have[0] - 1
+            if have != want and not grid: wrong.append(f"{key}: misshapen, {list(shape)} for our {name} {want}")
+            if (name, block) in filled: wrong.append(f"{key}: {name} is already filled by {filled[name, block]}")
+            filled[name, block] = key
+            targets.append((name, block, of))
+        plan.append((key, targets))
+    full = {name: sum(1 for n, _ in filled if n == name) for name, _ in filled}
+    blocks = {name: of for _, targets in plan for name, _, of in filter(None, targets)}
+    wrong += [f"{name}: missing, nothing in the file fills it" for name in ours
+              if full.get(name, 0) < blocks.get(name, 1)]
+    if wrong:
+        raise BadInput(f"{what}: {len(wrong)} tensors do not fit this model ({', '.join(wrong[:10])}"
+                       f"{', ...' if len(wrong) > 10 else ''}); take the file and the config.json that belong together")
+    return plan
+
+
+def fill(model, files, table, what, dtype):
+    """Give a model on the meta device its weights, a tensor at a time: never more than one beyond what stays."""
+    where = {key: file for file in files for key in file.shapes}
+    shapes = {key: shape for file in files for key, shape in file.shapes.items()}
+    for key, targets in moves(model, shapes, table, what):
+        if not any(targets): continue
+        for part, target in zip(where[key].read(key).chunk(len(targets)), targets):
+            if target: put(model, *target, part, dtype)
+    return model
+
+
+def put(model, name, block, of, tensor, dtype):
+    path, leaf = name.rpartition(".")[::2]
+    owner = model.get_submodule(path)
+    old = getattr(owner, leaf)
+    if leaf == "positions": tensor = resize_positions(tensor.reshape(-1, old.shape[1]), math.isqrt(len(old) - 1))
+    if old.is_meta:        # never an alias of the file: that would keep all of it in memory
+        new = nn.Parameter(torch.empty(old.shape, dtype=dtype or tensor.dtype), requires_grad=old.requires_grad)
+        setattr(owner, leaf, new)
+        old = new
+    old.data.chunk(of)[block].copy_(tensor.reshape(old.data.chunk(of)[block].shape))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files of tensors
+
+class Safetensors:
+    def __init__(self, path):
+        self.path = path
+        try:
+            with safe_open(path, "pt") as f: self.shapes = {k: f.get_slice(k).get_shape() for k in f.keys()}
+        except (SafetensorError, OSError) as e: raise BadInput(unreadable(path, e)) from None
+
+    def read(self, key):       # opened for each tensor: pages of a mapped file count as ours until it is closed
+        with safe_open(self.path, "pt") as f: return f.get_tensor(key)
+
+
+class Pickled:
+    """.bin, .pth, .pt through weights_only=True, which builds tensors and refuses anything that would run.
+
+    A file of the newer zip kind is mapped, anew for each tensor (as above); an older one has to be read whole.
+    """
+    def __init__(self, path):
+        self.path, self.state = path, None
+        try: shapes = self.open()
+        except RuntimeError: shapes = self.state = self.open(mmap=False)
+        self.shapes = {k: tuple(t.shape) for k, t in shapes.items()}
+
+    def open(self, mmap=True):
+        try: state = torch.load(self.path, weights_only=True, map_location="cpu", mmap=mmap)
+        except Exception as e:          # torch.load raises whatever its reading of a broken file stumbles over
+            if "nsupported" in str(e) or "weights_only" in str(e).lower():
+                raise BadInput(f"{self.path}: holds more than tensors and was refused, as reading it could run code; "
+                               "have its author save a plain state dict") from None
+            if mmap and isinstance(e, RuntimeError) and "mmap" in str(e): raise
+            raise BadInput(unreadable(self.path, e)) from None
+        for wrap in ("model_state_dict", "state_dict", "model"):
+            if isinstance(state, dict) and isinstance(state.get(wrap), dict): state = state[wrap]
+        if not isinstance(state, dict) or not all(isinstance(t, torch.Tensor) for t in state.values()):
+            raise BadInput(f"{self.path}: is not a state dict (names with their tensors); save one with torch.save")
+        return {str(k).removeprefix("module."): t for k, t in state.items()}
+
+    def read(self, key): return (self.state or self.open())[key]
+
+
+def unreadable(path, e):
+    why = str(e).strip().splitlines()[0][:160] if str(e).strip() else type(e).__name__
+    return f"{path}: cannot be read as weights ({why}); download or copy it again"
+
+
+def weight_files(path):
+    """All files of tensors of a folder (sharded with an index, or single) or the one file that was named."""
+    path = Path(path)
+    if path.is_file(): return [Safetensors(path) if path.suffix == ".safetensors" else Pickled(path)]
+    for stem, suffix, kind in (("model", "safetensors", Safetensors), ("pytorch_model", "bin", Pickled)):
+        index, single = path / f"{stem}.{suffix}.index.json", path / f"{stem}.{suffix}"
+        if index.is_file():
+            listed = read_json(index).get("weight_map")
+            if not isinstance(listed, dict): raise BadInput(f"{index}: has no weight_map; download it again")
+            for name in set(listed.values()):
+                if not isinstance(name, str) or Path(name).name != name or not (path / name).is_file():
+                    raise BadInput(f"{index}: names the shard {str(name)[:80]!r}, which is not in the folder; "
+                                   "download it again")
+            return [kind(path / name) for name in sorted(set(listed.values()))]
+        if single.is_file(): return [kind(single)]
+    raise BadInput(f"{path}: no model.safetensors, no pytorch_model.bin and no index of shards; "
+                   "name the folder that holds the weights")
+
+
+def read_json(path):
+    try: value = json.loads(Path(path).read_text("utf-8"))
+    except FileNotFoundError: raise BadInput(f"{path}: no such file; it belongs beside the weights") from None
+    except (OSError, ValueError, RecursionError) as e:
+        raise BadInput(f"{path}: is not readable JSON ({str(e)[:100]}); download or copy it again") from None
+    if not isinstance(value, dict): raise BadInput(f"{path}: is not a JSON object; download or copy it again")
+    return value
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Their configs; a key that a published config.json leaves out has transformers' default
+
+def llama_config(d, what):
+    ours = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+    refused = [f"{key}={d[key]!r}" for key, only in ours.items() if d.get(key, only) != only]
+    width, heads = d.get("hidden_size", 4096), d.get("num_attention_heads", 32)
+    if (d.get("head_dim") or width // heads) != width // heads: refused.append(f"head_dim={d['head_dim']}")
+    rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "linear", "llama3"): refused.append(f"rope scaling {kind!r}")
+    if refused: raise BadInput(f"{what}: {', '.join(refused)} is not LLaMA as built here; take LLaMA or Vicuna")
+    theta = rope.get("rope_theta", d.get("rope_theta", 1e4))
+    scaling = {} if kind == "default" else {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+    if scaling: scaling["rope_type"] = kind
+    return LlamaConfig(d.get("vocab_size", 32000), width, d.get("num_hidden_layers", 32), heads,
+                       d.get("num_key_value_heads") or heads, d.get("intermediate_size", 11008),
+                       d.get("max_position_embeddings", 2048), d.get("rms_norm_eps", 1e-6), theta, scaling,
+                       d.get("tie_word_embeddings", False))
+
+
+def clip_config(d, what):
+    if d.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
+        raise BadInput(f"{what}: hidden_act={d['hidden_act']!r} is no CLIP; take a CLIP vision tower")
+    return ViTConfig(d.get("image_size", 224), d.get("patch_size", 32), d.get("hidden_size", 768),
+                     d.get("num_hidden_layers", 12) - 1, d.get("num_attention_heads", 12),
+                     d.get("intermediate_size", 3072), act=d.get("hidden_act", "quick_gelu"),
+                     eps=d.get("layer_norm_eps", 1e-5), patch_bias=False, pre_norm=True)
+
+
+def blip2_config(d):
+    return ViTConfig(d.get("image_size", 224), d.get("patch_size", 14), d.get("hidden_size", 1408),
+                     d.get("num_hidden_layers", 39), d.get("num_attention_heads", 16), d.get("intermediate_size", 6144),
+                     act=d.get("hidden_act", "gelu"), eps=d.get("layer_norm_eps", 1e-6))
+
+
+def on_meta(kind, config):
+    with torch.device("meta"): return kind(config)
+
+
+def load_llama(path, dtype=torch.float32):
+    """A LLaMA or Vicuna folder as published or as transformers saves it."""
+    config = llama_config(read_json(Path(path) / "config.json"), path)
+    return fill(on_meta(Llama, config), weight_files(path), llama(config), path, dtype)
+
+
+def load_vit(path, image_size=None, dtype=torch.float32, config=None):
+    """eva_vit_g.pth, a CLIP folder (its text half is dropped) or a Blip2VisionModel folder; config: of another EVA."""
+    path = Path(path)
+    if path.is_dir():
+        d = read_json(path / "config.json")
+        kind = d.get("model_type")
+        if kind == "blip_2_vision_model": config, make = blip2_config(d), lambda c: BLIP2
+        elif kind in ("clip", "clip_vision_model"):
+            config = clip_config(d.get("vision_config", d) if kind == "clip" else d, path)
+            make = lambda c: prefixed(clip(c), "vision_model.") | clip(c) | CLIP_TEXT
+        else: raise BadInput(f"{path}: model_type {kind!r} is no vision tower known here; take CLIP, EVA or BLIP-2's")
+    else: config, make = config or ViTConfig(224, **EVA_G), eva
+    if image_size: config.image_size = image_size
+    config.__post_init__()
+    return fill(on_meta(ViT, config), weight_files(path), make(config), path, dtype)
+
+
+def load_llava(path, dtype=torch.float32):
+    """A whole LLaVA-1.5 folder: with nothing pooled and no ln_vision, its projector is the pool-adapter."""
+    d = read_json(Path(path) / "config.json")
+    expected = {"model_type": "llava", "vision_feature_layer": -2, "vision_feature_select_strategy": "default",
+                "projector_hidden_act": "gelu"}
+    for key, value in expected.items():
+        if d.get(key, value) != value:
+            raise BadInput(f"{path}: {key} is {d[key]!r} where LLaVA-1.5 has {value!r}; take a LLaVA-1.5 folder")
+    config = Config(clip_config(d.get("vision_config", {}), path), llama_config(d.get("text_config", {}), path),
+                    adapter="mlp", ln_vision=False, image_mark="<ImageHere>")
+    return fill(on_meta(InfMLLM, config), weight_files(path), llava(config), path, dtype)
+
+
+def load_infmllm(path, config, dtype=torch.float32):
+    """The released InfMLLM state dict, whose folder has no config: take PRESETS["infmllm-7b"]()."""
+    return fill(on_meta(InfMLLM, config), weight_files(path), infmllm(config), path, dtype)
+
+
+def export_llama(model, path):
+    """The language model as a Hugging Face folder that transformers opens."""
+    c, path = model.config, Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    names = {}
+    for theirs, ours in llama(c).items():
+        if ours is None: continue
+        numbers = range(c.layers) if "{}" in ours else [0]
+        names |= {ours.replace("{}", str(i)): theirs.replace("{}", str(i)) for i in numbers}
+    state = {names[name]: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
+    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+    config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab, hidden_size=c.width,
+                  num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
+                  intermediate_size=c.mlp, max_position_embeddings=c.context, rms_norm_eps=c.eps, rope_theta=c.theta,
+                  rope_scaling=c.rope or None, tie_word_embeddings=c.tied, hidden_act="silu", bos_token_id=1,
+                  eos_token_id=2, torch_dtype=dtype)
+    (path / "config.json").write_text(json.dumps(config, indent=2))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Our own directory
+
+FORMAT = 1
+
+
+def save(path, model, tokenizer=None, training=None, optimizer=None, state=None):
+    """Write a checkpoint directory beside `path` and rename it into place: a reader sees the old one or the new one.
+
+    model: an InfMLLM, or (Config, {name: tensor}) gathered by a sharded run. training: what config.json tells of how
+    it was trained. optimizer: {name: tensor}; state: what JSON can hold; both only where the run is to be resumed.
+    """
+    path = Path(path)
+    config, tensors = (model.config, dict(model.named_parameters())) if isinstance(model, nn.Module) else model
+    mend(path)
+    new = path.with_name(path.name + ".new")
+    if new.exists(): shutil.rmtree(new)
+    new.mkdir(parents=True)
+    described = {"format": FORMAT, "model": config.to_dict(), "training": training or {}}
+    (new / "config.json").write_text(json.dumps(described, indent=2))
+    save_tensors(tensors, new / "model.safetensors")
+    if tokenizer is not None: (new / "tokenizer.model").write_bytes(tokenizer.bytes)
+    if optimizer is not None: save_tensors(optimizer, new / "optimizer.safetensors")
+    if state is not None: (new / "state.json").write_text(json.dumps(state, indent=2))
+    sums = {f.name: [f.stat().st_size, checksum(f)] for f in sorted(new.iterdir())}
+    (new / "checksums.json").write_text(json.dumps(sums, indent=2))
+    for f in [*new.iterdir(), new]: sync(f)
+    if path.exists(): path.rename(path.with_name(path.name + ".old"))
+    new.rename(path)
+    sync(path.parent)
+    shutil.rmtree(path.with_name(path.name + ".old"), ignore_errors=True)
+
+
+def save_tensors(tensors, path):
+    save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path, metadata={"format": "pt"})
+
+
+def mend(path):
+    """Undo what an interrupted save left: the old checkpoint, set aside for a moment, comes back."""
+    old = path.with_name(path.name + ".old")
+    if not old.exists(): return
+    if path.exists(): shutil.rmtree(old)
+    else: old.rename(path)
+
+
+def checksum(path):
+    total = 0
+    with open(path, "rb") as f:
+        while block := f.read(2 ** 22): total = zlib.crc32(block, total)
+    return total
+
+
+def sync(path):
+    handle = os.open(path, os.O_RDONLY)
+    try: os.fsync(handle)
+    finally: os.close(handle)
+
+
+def find(path):
+    """The directory that a name stands for: itself, the one set aside by an interrupted save, or its newest step-*."""
+    path = Path(path)
+    for candidate in (path, path.with_name(path.name + ".old")):
+        if (candidate / "config.json").is_file(): return candidate
+    steps = [p for p in path.glob("step-*") if p.name[5:].isdigit() and (p / "config.json").is_file()]
+    if steps: return max(steps, key=lambda p: int(p.name[5:]))
+    raise BadInput(f"{path}: no checkpoint here (no config.json, no step-*); python train.py --stage 1 makes one")
+
+
+def verify(path):
+    """Sizes and checksums of every file as they were when it was written."""
+    sums = read_json(path / "checksums.json")
+    for name in ("config.json", "model.safetensors"):
+        if name not in sums: raise BadInput(f"{path / 'checksums.json'}: does not list {name}; take another checkpoint")
+    for name, entry in sums.items():
+        file = path / name
+        if Path(name).name != name or not file.is_file() or [file.stat().st_size, checksum(file)] != entry:
+            raise BadInput(f"{file}: is not what was written (its size or checksum differs); take another checkpoint")
+
+
+def load(path, image_size=None, dtype=None):
+    """The model of a checkpoint directory, in the dtypes that were saved unless one is asked for."""
+    path = find(path)
+    verify(path)
+    described = read_json(path / "config.json")
+    if described.get("format") != FORMAT:
+        raise BadInput(f"{path / 'config.json'}: format {described.get('format')!r}, and this program reads {FORMAT}; "
+                       "use the version that wrote it")
+    try: config = Config(**described["model"])
+    except (KeyError, TypeError, AssertionError) as e:
+        raise BadInput(f"{path / 'config.json'}: describes no model known here ({e}); take another") from None
+    model = on_meta(InfMLLM, config)
+    table = {name: name for name, _ in model.named_parameters()}
+    model = fill(model, weight_files(path / "model.safetensors"), table, path, dtype)
+    return model.resize(image_size) if image_size else model
+
+
+def load_tensors(path):
+    file = Safetensors(path)
+    return {key: file.read(key) for key in file.shapes}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Processes
+
+def setup_ranks(device=None, timeout=600):
+    """(rank, world, device): joins the process group that torchrun describes, or stands alone."""
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if "RANK" not in os.environ: return 0, 1, torch.device(device)
+    if device == "cuda":
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo",
+                                         timeout=timedelta(seconds=timeout))
+    return torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device(device)

@@ -1,0 +1,527 @@
+"""InfMLLM from pixels to a loss: a ViT, the pool-adapter (adapter.py) and a LLaMA decoder, in the order the data flows.
+
+    python model.py              # the presets: parameters per part, visual tokens per image, FLOPs per pair
+
+Names of dimensions, used in every shape comment:
+    N images in a batch         S pixels per side         s patches per side (S / patch)     P pooled cells per side
+    B rows of text              T tokens in a row         V vocabulary                       M supervised positions
+    D width of the LLM          Dv width of the ViT       H heads, K key-value heads, hd head width
+"""
+import math
+from dataclasses import asdict, dataclass, field
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from adapter import PoolAdapter, Resampler
+
+IMAGE = -1        # the token id that holds the place of one visual embedding
+IGNORE = -100     # a target that does not count
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)     # CLIP's, which EVA-CLIP shares
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass
+class ViTConfig:
+    image_size: int = 448
+    patch: int = 14
+    width: int = 1408
+    layers: int = 39              # blocks that run: EVA's 40th is dropped, CLIP stops at hidden state -2 (23 of 24)
+    heads: int = 16
+    mlp: int = 6144
+    act: str = "gelu"             # gelu (exact) or quick_gelu (CLIP: x * sigmoid(1.702 x))
+    eps: float = 1e-6
+    patch_bias: bool = True
+    pre_norm: bool = False        # CLIP's LayerNorm between the embeddings and the first block
+
+    def __post_init__(self):
+        assert self.image_size % self.patch == 0, f"image size {self.image_size} is no multiple of patch {self.patch}"
+        assert self.width % self.heads == 0, f"ViT width {self.width} is not divisible by {self.heads} heads"
+        assert self.act in ("gelu", "quick_gelu"), f"the ViT's activation is gelu or quick_gelu, not {self.act}"
+
+    @property
+    def side(self): return self.image_size // self.patch
+
+
+@dataclass
+class LlamaConfig:
+    vocab: int = 32000
+    width: int = 4096
+    layers: int = 32
+    heads: int = 32
+    kv_heads: int = 32            # fewer than heads: grouped-query attention
+    mlp: int = 11008
+    context: int = 4096           # the longest row it was trained for
+    eps: float = 1e-5
+    theta: float = 1e4
+    rope: dict = field(default_factory=dict)   # {} or the scaling of a Hugging Face config: rope_type linear | llama3
+    tied: bool = False            # the head is the embedding matrix
+
+    def __post_init__(self):
+        assert self.width % self.heads == 0, f"LLM width {self.width} is not divisible by {self.heads} heads"
+        assert self.heads % self.kv_heads == 0, f"{self.heads} heads do not share {self.kv_heads} key-value heads"
+
+
+@dataclass
+class Config:
+    vit: ViTConfig
+    llm: LlamaConfig
+    grid: int = 16                # P; the mlp adapter has no pooling, so there it is s whatever one asks for
+    adapter: str = "pool"         # pool, resampler or mlp
+    ln_vision: bool = True        # LayerNorm in front of the pooling; LLaVA has none
+    image_mark: str = "<image><ImageHere>"     # what `<image>` in a conversation becomes; <ImageHere> alone for LLaVA
+
+    def __post_init__(self):
+        if isinstance(self.vit, dict): self.vit = ViTConfig(**self.vit)
+        if isinstance(self.llm, dict): self.llm = LlamaConfig(**self.llm)
+        assert self.adapter in ("pool", "resampler", "mlp"), f"adapter is pool, resampler or mlp, not {self.adapter}"
+        if self.adapter == "mlp": self.grid = self.vit.side
+        assert 1 <= self.grid <= self.vit.side, f"grid {self.grid} is not within the ViT's {self.vit.side} patches"
+
+    @property
+    def visual_tokens(self): return self.grid ** 2
+
+    def to_dict(self): return asdict(self)
+
+
+EVA_G = dict(patch=14, width=1408, layers=39, heads=16, mlp=6144)
+CLIP_L = dict(image_size=336, patch=14, width=1024, layers=23, heads=16, mlp=4096, act="quick_gelu", eps=1e-5,
+              patch_bias=False, pre_norm=True)
+LLAMA_13B = dict(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
+PRESETS = {      # functions, so that nobody changes a shared default
+    "toy": lambda: Config(ViTConfig(64, 8, 128, 4, 4, 512),
+                          LlamaConfig(512, 128, 4, 4, 4, 352, context=512), grid=4),
+    "small": lambda: Config(ViTConfig(**CLIP_L),               # TinyLlama-1.1B
+                            LlamaConfig(32000, 2048, 22, 32, 4, 5632, context=2048), grid=12),
+    "llava-7b": lambda: Config(ViTConfig(**CLIP_L), LlamaConfig(vocab=32064), adapter="mlp", ln_vision=False,
+                               image_mark="<ImageHere>"),
+    "infmllm-7b": lambda: Config(ViTConfig(448, **EVA_G), LlamaConfig()),
+    "infmllm-13b": lambda: Config(ViTConfig(448, **EVA_G), LlamaConfig(**LLAMA_13B)),
+}
+
+
+def attend(q, k, v, mask=None, causal=False):
+    """Softmax attention: q (B,H,T,hd), k and v (B,K,S,hd) -> (B,H,T,hd)."""
+    if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # CPU kernels for it are slower than fp32's
+        with torch.autocast("cpu", enabled=False):
+            return attend(q.float(), k.float(), v.float(), mask, causal).bfloat16()
+    gqa = q.shape[1] != k.shape[1]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The vision tower
+
+class LayerNorm(nn.LayerNorm):
+    """Statistics in fp32, output in the input's dtype: autocast would keep an fp32 copy of every activation."""
+    def forward(self, x):
+        with torch.autocast(x.device.type, enabled=False):
+            return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
+
+
+class ViTBlock(nn.Module):
+    """Pre-norm attention and MLP (EVA-CLIP in BLIP-2; CLIP). K has no bias: it would add one number to all scores of a
+    query, which the softmax cancels, so checkpoints that store one lose nothing when it is dropped."""
+
+    def __init__(self, c: ViTConfig):
+        super().__init__()
+        self.heads, self.act = c.heads, c.act
+        self.norm1 = LayerNorm(c.width, eps=c.eps)
+        self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
+        self.q_bias = nn.Parameter(torch.zeros(c.width))
+        self.v_bias = nn.Parameter(torch.zeros(c.width))
+        self.proj = nn.Linear(c.width, c.width)
+        self.norm2 = LayerNorm(c.width, eps=c.eps)
+        self.fc1 = nn.Linear(c.width, c.mlp)
+        self.fc2 = nn.Linear(c.mlp, c.width)
+
+    def forward(self, x):                                                            # (N, 1+s*s, Dv)
+        N, L, Dv = x.shape
+        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
+        qkv = F.linear(self.norm1(x), self.qkv.weight, bias)                         # (N, L, 3*Dv)
+        q, k, v = qkv.view(N, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)           # each (N, H, L, hd)
+        x = x + self.proj(attend(q, k, v).transpose(1, 2).reshape(N, L, Dv))
+        h = self.fc1(self.norm2(x))
+        h = F.gelu(h) if self.act == "gelu" else h * torch.sigmoid(1.702 * h)
+        return x + self.fc2(h)
+
+
+class ViT(nn.Module):
+    """(N,3,S,S) normalised pixels -> (N,1+s*s,Dv), CLS first. No norm at the end: the adapter brings its own."""
+
+    def __init__(self, c: ViTConfig):
+        super().__init__()
+        self.config, self.recompute = c, False         # recompute: activation checkpointing, a block at a time
+        self.patch_embed = nn.Conv2d(3, c.width, c.patch, c.patch, bias=c.patch_bias)
+        self.cls = nn.Parameter(torch.zeros(c.width))
+        self.positions = nn.Parameter(torch.zeros(1 + c.side ** 2, c.width))         # CLS first
+        self.pre_norm = LayerNorm(c.width, eps=c.eps) if c.pre_norm else nn.Identity()
+        self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.layers))
+
+    def forward(self, images):
+        N, S = images.shape[0], self.config.image_size
+        assert images.shape[1:] == (3, S, S), f"this ViT takes (N, 3, {S}, {S}), not {tuple(images.shape)}"
+        x = self.patch_embed(images).flatten(2).transpose(1, 2)                      # (N, s*s, Dv)
+        x = torch.cat((self.cls.to(x.dtype).expand(N, 1, -1), x), dim=1)             # (N, 1+s*s, Dv)
+        x = self.pre_norm(x + self.positions.to(x.dtype))
+        for block in self.blocks:
+            x = checkpoint(block, x, use_reentrant=False) if self.recompute and x.requires_grad else block(x)
+        return x
+
+    def resize(self, image_size):
+        """Take images of another size from now on: the grid of positions is resized bicubically, CLS keeps its own."""
+        if image_size == self.config.image_size: return
+        self.config = ViTConfig(**{**asdict(self.config), "image_size": image_size})
+        self.positions = nn.Parameter(resize_positions(self.positions.detach(), self.config.side),
+                                      requires_grad=self.positions.requires_grad)
+
+
+def resize_positions(positions, side):
+    """(1+s*s, Dv) -> (1+side*side, Dv), for any two square grids."""
+    old = math.isqrt(len(positions) - 1)
+    assert old * old == len(positions) - 1, f"{len(positions)} positions are not CLS and a square grid"
+    if old == side: return positions
+    wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
+    grid = wide[1:].view(1, old, old, -1).permute(0, 3, 1, 2)                        # (1, Dv, s, s)
+    grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
+    return torch.cat((wide[:1], grid.flatten(2)[0].T)).to(positions.dtype)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The language model
+
+class RMSNorm(nn.Module):
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+
+    def forward(self, x):        # fp32 inside the kernel, the input's dtype outside; autocast would return fp32
+        if torch.is_autocast_enabled(x.device.type):
+            with torch.autocast(x.device.type, enabled=False): return self(x)
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class Cache:
+    """Keys and values of all layers in one allocation; `length` positions of every row are filled."""
+
+    def __init__(self, c: LlamaConfig, rows, length, device, dtype):
+        self.kv = torch.zeros(c.layers, 2, rows, c.kv_heads, length, c.width // c.heads, device=device, dtype=dtype)
+        self.length = 0
+
+    def update(self, layer, k, v):
+        """Append k and v (B,K,T,hd) behind what is there and return the whole."""
+        end = self.length + k.shape[2]
+        assert end <= self.kv.shape[4], f"the cache holds {self.kv.shape[4]} positions and {end} are asked for"
+        K, V = self.kv[layer]
+        K[:, :, self.length:end], V[:, :, self.length:end] = k, v
+        return K[:, :, :end], V[:, :, :end]
+
+    def select(self, rows):
+        """The same cache with these rows (a tensor of numbers, repeats allowed), as beam search needs."""
+        self.kv = self.kv.index_select(2, rows)
+
+    def reorder(self, rows, start):
+        """Rows change places from position `start` on, without a new cache: beams share what lies before."""
+        part = self.kv[:, :, :, :, start:self.length]
+        part.copy_(part.index_select(2, rows))
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.heads, self.kv_heads, self.hd = c.heads, c.kv_heads, c.width // c.heads
+        self.attn_norm = RMSNorm(c.width, c.eps)
+        self.q = nn.Linear(c.width, c.heads * self.hd, bias=False)
+        self.k = nn.Linear(c.width, c.kv_heads * self.hd, bias=False)
+        self.v = nn.Linear(c.width, c.kv_heads * self.hd, bias=False)
+        self.o = nn.Linear(c.heads * self.hd, c.width, bias=False)
+        self.mlp_norm = RMSNorm(c.width, c.eps)
+        self.gate = nn.Linear(c.width, c.mlp, bias=False)
+        self.up = nn.Linear(c.width, c.mlp, bias=False)
+        self.down = nn.Linear(c.mlp, c.width, bias=False)
+
+    def forward(self, x, rotary, mask=None, cache=None, index=0):                    # (B, T, D)
+        B, T, D = x.shape
+        h = self.attn_norm(x)
+        q = rotate(linear(h, self.q).view(B, T, self.heads, self.hd).transpose(1, 2), rotary)        # (B, H, T, hd)
+        k = rotate(linear(h, self.k).view(B, T, self.kv_heads, self.hd).transpose(1, 2), rotary)     # (B, K, T, hd)
+        v = linear(h, self.v).view(B, T, self.kv_heads, self.hd).transpose(1, 2)
+        causal = mask is None and T > 1
+        if cache is not None: k, v = cache.update(index, k, v)
+        x = x + linear(attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, -1), self.o)
+        h = self.mlp_norm(x)
+        return x + linear(F.silu(linear(h, self.gate)) * linear(h, self.up), self.down)
+
+
+def linear(x, layer):
+    """layer(x) without the module's call, which costs as much as a small matrix: a third of a toy's decoding step."""
+    return F.linear(x, layer.weight)
+
+
+def rotate(x, rotary):
+    """Rotary positions in Hugging Face's layout: dimension i turns with dimension i + hd/2, not with its neighbour."""
+    cos, sin = rotary                                        # (1 or B, 1, T, hd); sin is negative in its first half
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def frequencies(c: LlamaConfig, device):
+    """Radians per position of each pair of dimensions, (hd/2,) fp32, under the scaling that the config names."""
+    hd = c.width // c.heads
+    f = 1.0 / c.theta ** (torch.arange(0, hd, 2, device=device, dtype=torch.float32) / hd)
+    kind = c.rope.get("rope_type", c.rope.get("type", "default"))
+    if kind == "default": return f
+    factor = c.rope["factor"]
+    if kind == "linear": return f / factor
+    assert kind == "llama3", f"rope scaling '{kind}' is not one of default, linear, llama3"
+    turns = c.rope["original_max_position_embeddings"] * f / (2 * math.pi)           # in the original context
+    low, high = c.rope["low_freq_factor"], c.rope["high_freq_factor"]
+    keep = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, slowed by factor; 1: fast, left alone
+    return f * keep + f / factor * (1 - keep)
+
+
+class Llama(nn.Module):
+    """Tokens (B,T) or embeddings (B,T,D) -> hidden (B,T,D) after the final norm; `head` makes logits of them.
+
+    Padding on the right needs no mask: nothing looks that far. Padding on the left, `pad` (B,) positions of each row,
+    is for generation, where all rows end at the same place.
+    """
+
+    def __init__(self, c: LlamaConfig):
+        super().__init__()
+        self.config, self.recompute, self.rotary_base = c, False, None
+        self.embed = nn.Embedding(c.vocab, c.width)
+        self.layers = nn.ModuleList(LlamaLayer(c) for _ in range(c.layers))
+        self.norm = RMSNorm(c.width, c.eps)
+        if not c.tied: self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
+
+    def forward(self, x, cache=None, pad=None):
+        if not x.is_floating_point(): x = self.embed(x)
+        start, T = (cache.length if cache else 0), x.shape[1]
+        rotary, mask = self.rotary(x, start, pad), attention_mask(start, T, pad, x.device)
+        for i, layer in enumerate(self.layers):
+            if self.recompute and x.requires_grad: x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
+            else: x = layer(x, rotary, mask, cache, i)
+        if cache: cache.length += T
+        return self.norm(x)
+
+    def head_weight(self): return self.embed.weight if self.config.tied else self.lm_head.weight
+
+    def head(self, hidden): return F.linear(hidden, self.head_weight())
+
+    def rotary(self, x, start, pad):
+        """cos and sin for positions start ... start+T-1, counted from each row's first real token."""
+        if self.rotary_base is None or self.rotary_base.device != x.device:
+            self.rotary_base = frequencies(self.config, x.device)    # no buffer: .to(bf16) would round its positions
+        at = torch.arange(start, start + x.shape[1], device=x.device)[None]          # (1, T)
+        if pad is not None: at = (at - pad[:, None]).clamp(min=0)                    # (B, T)
+        angle = at[:, None, :, None] * self.rotary_base                              # (1 or B, 1, T, hd/2)
+        angle = torch.cat((-angle, angle), dim=-1)                                   # (1 or B, 1, T, hd)
+        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+
+
+def attention_mask(start, T, pad, device):
+    """True where a query may look; None where SDPA's own causal path (or no mask, for one token) says the same."""
+    if pad is None and (start == 0 or T == 1): return None
+    key = torch.arange(start + T, device=device)                                     # (S,)
+    query = key[start:, None]                                                        # (T, 1)
+    if pad is None: return key <= query                                              # (T, S)
+    # a query in the padding may look at itself, as a softmax over nothing is NaN; nobody looks at it
+    return ((key <= query) & ((key >= pad[:, None, None, None]) | (key == query)))   # (B, 1, T, S)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+class SummedCrossEntropy(torch.autograd.Function):
+    """Cross-entropy of hidden (M,D) @ weight.T (V,D) against targets (M,), summed in fp32, a few rows at a time.
+
+    The logits of a 7B model's batch would be its largest tensor. Each chunk's gradient is taken while its logits are
+    at hand, so that they are made once and never kept; the backward pass only scales what is there.
+    """
+    ELEMENTS = 2 ** 23           # of a chunk of logits: 32 MB in fp32
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets):
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        loss = torch.zeros((), device=hidden.device, dtype=wide)
+        dh = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
+        rows = max(1, SummedCrossEntropy.ELEMENTS // len(weight))
+        w = weight.to(hidden.dtype)
+        for i in range(0, len(hidden), rows):
+            h, y = hidden[i:i + rows], targets[i:i + rows, None]                     # (m, D), (m, 1)
+            counts, y = (y != IGNORE).to(wide), y.clamp(min=0)
+            logits = (h @ w.T).to(wide)                                              # (m, V)
+            total = logits.logsumexp(1, keepdim=True)
+            loss += ((total - logits.gather(1, y)) * counts).sum()
+            if dh is None and dw is None: continue
+            grad = logits.sub_(total).exp_()                                         # softmax, in the logits' place
+            grad = grad.scatter_add_(1, y, -torch.ones_like(counts)).mul_(counts).to(h.dtype)
+            if dh is not None: torch.mm(grad, w, out=dh[i:i + rows])
+            if dw is not None: dw += grad.T @ h
+        ctx.save_for_backward(dh, dw if dw is None else dw.to(weight.dtype))
+        return loss
+
+    @staticmethod
+    def backward(ctx, scale):
+        dh, dw = ctx.saved_tensors
+        return dh if dh is None else dh * scale.to(dh.dtype), dw if dw is None else dw * scale.to(dw.dtype), None
+
+
+def summed_cross_entropy(hidden, weight, targets):
+    with torch.autocast(hidden.device.type, enabled=False):      # the function chooses its dtypes itself
+        return SummedCrossEntropy.apply(hidden, weight, targets)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole
+
+class InfMLLM(nn.Module):
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        c, dv, d = config, config.vit.width, config.llm.width
+        self.vit = ViT(c.vit)
+        if c.adapter == "resampler": self.adapter = Resampler(dv, d, c.grid, c.ln_vision)
+        else: self.adapter = PoolAdapter(dv, d, c.grid, c.ln_vision)
+        self.llm = Llama(c.llm)
+
+    def encode_images(self, images):
+        """(N,3,S,S) -> (N,P*P,D). uint8 is normalised here; float is taken as normalised already."""
+        if images.dtype == torch.uint8:
+            mean, std = (torch.tensor(t, device=images.device).view(3, 1, 1) * 255 for t in (PIXEL_MEAN, PIXEL_STD))
+            images = (images - mean) / std
+        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vit.parameters())
+        with torch.set_grad_enabled(trains):
+            features = self.vit(images.to(self.vit.patch_embed.weight.dtype))        # (N, 1+s*s, Dv)
+        return self.adapter(features)
+
+    def embed(self, images, tokens, image_at=None):
+        """Token embeddings with the placeholders overwritten by the images', (B,T,D).
+
+        image_at (N*P*P,): where in tokens.flatten() each visual embedding goes, -1 for nowhere. Without it the
+        placeholders are looked for, which waits for the device.
+        """
+        B, T = tokens.shape
+        cells = self.config.visual_tokens
+        if image_at is None:
+            image_at = (tokens.flatten() == IMAGE).nonzero()[:, 0]
+            if len(images) == 0:       # one blank image that goes nowhere: every rank builds the same graph
+                images, image_at = images.new_zeros(1, *images.shape[1:]), image_at.new_full((cells,), -1)
+        assert len(image_at) == len(images) * cells, (f"{len(images)} images need {len(images) * cells} placeholders "
+                                                      f"({cells} each), and the text has {len(image_at)}")
+        visual = self.encode_images(images).flatten(0, 1)                            # (N*P*P, D)
+        flat = F.pad(tokens.flatten(), (0, 1))                     # one place more, for embeddings that go nowhere
+        x = self.llm.embed(flat.clamp(min=0))                                        # (B*T+1, D)
+        if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = x.index_copy(0, torch.where(image_at < 0, B * T, image_at), visual.to(x.dtype))
+        return x[:-1].view(B, T, -1)
+
+    def forward(self, images, tokens, targets=None, image_at=None, target_at=None):
+        """The cross-entropy summed over targets != IGNORE in fp32; logits (B,T,V) where no targets are given.
+
+        targets[b,t] is what should follow tokens[b,t]. target_at (M,): where in targets.flatten() something is
+        supervised, -1 for padding; without it these are looked for, which waits for the device.
+        """
+        hidden = self.llm(self.embed(images, tokens, image_at))                      # (B, T, D)
+        if targets is None: return self.llm.head(hidden)
+        targets = targets.flatten()
+        if target_at is None: target_at = (targets != IGNORE).nonzero()[:, 0]
+        wanted = torch.where(target_at < 0, IGNORE, targets[target_at.clamp(min=0)])               # (M,)
+        hidden = hidden.flatten(0, 1).index_select(0, target_at.clamp(min=0))                      # (M, D)
+        return summed_cross_entropy(hidden, self.llm.head_weight(), wanted)
+
+    def freeze(self, stage):
+        """Let exactly the parts train that InfMLLM trains in this stage (paper, section 3.2; FACTS table)."""
+        for name, p in self.named_parameters(): p.requires_grad_(trains(name, stage))
+        return self
+
+    def resize(self, image_size):
+        """Take images of another size from now on; the number of visual tokens stays unless nothing is pooled."""
+        self.vit.resize(image_size)
+        self.config.vit = self.vit.config
+        self.config.__post_init__()
+        self.adapter.grid = self.config.grid
+        return self
+
+
+def trains(name, stage):
+    """Whether the parameter of this name is trained in this stage."""
+    part = name.split(".")[0]
+    if stage == 1: return part == "adapter"                                          # alignment pretraining
+    if stage == 2: return part != "llm" or name.endswith((".q.weight", ".v.weight"))       # multitask finetuning
+    if stage == 3: return part != "vit"                                              # instruction tuning
+    raise ValueError(f"stage is 1, 2 or 3, not {stage!r}")
+
+
+@torch.no_grad()
+def init(model, seed=0):
+    """Random weights for a model or any part of it, the same for the same seed.
+
+        matrices, convolutions, embeddings     normal, 0.02
+        the matrix that ends a residual branch normal, 0.02 / sqrt(2 * layers)     (proj, fc2; o, down)
+        positions, cls, queries                normal, 0.02
+        biases 0, norm weights 1
+    """
+    rng = torch.Generator().manual_seed(seed)
+    layers = {kind: sum(isinstance(m, kind) for m in model.modules()) for kind in (ViTBlock, LlamaLayer)}
+    ends = {"proj": ViTBlock, "fc2": ViTBlock, "o": LlamaLayer, "down": LlamaLayer}
+    for name, p in model.named_parameters():
+        owner, leaf = ([""] + name.split("."))[-2:]
+        if p.ndim == 1 and leaf not in ("cls",): p.fill_(1.0 if leaf == "weight" else 0.0)
+        else:
+            std = 0.02 / math.sqrt(2 * layers[ends[owner]]) if owner in ends else 0.02
+            p.copy_(torch.randn(p.shape, generator=rng) * std)
+    return model
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it costs
+
+def flops(c: Config, text, supervised, stage=None):
+    """FLOPs of one image-text pair by part: the forward pass, and with a stage also the gradients that it needs.
+
+    A multiply-add is two. Causal attention is counted at the half that it needs. Gradients: as much as the forward
+    pass for what flows through (dX), as much again for weights that train (dW). Recomputation is not counted.
+    """
+    v, l, L, T = c.vit, c.llm, 1 + c.vit.side ** 2, c.visual_tokens + text
+    patches = 2 * v.side ** 2 * 3 * v.patch ** 2 * v.width
+    vit = patches + v.layers * (2 * L * (4 * v.width ** 2 + 2 * v.width * v.mlp) + 4 * L * L * v.width)
+    adapter_in = 2 * c.visual_tokens * v.width * l.width
+    adapter_out = 2 * c.visual_tokens * l.width ** 2
+    kv = l.width * l.kv_heads // l.heads
+    qv, rest = l.width * (l.width + kv), l.width * (l.width + kv) + 3 * l.width * l.mlp
+    llm, llm_qv = 2 * T * l.layers * (qv + rest), 2 * T * l.layers * qv
+    llm_attention = l.layers * 2 * T * T * l.width
+    head = 2 * supervised * l.width * l.vocab
+    parts = {"vit": vit, "adapter": adapter_in + adapter_out, "llm": llm + llm_attention, "head": head}
+    if stage is None: return parts
+    if stage == 2: parts["vit"] = 3 * vit - patches                       # pixels need no gradient
+    parts["adapter"] += 2 * adapter_out + adapter_in * (2 if stage == 2 or c.ln_vision else 1)
+    parts["llm"] += llm + 2 * llm_attention + {1: 0, 2: llm_qv, 3: llm}[stage]
+    parts["head"] += head + (head if stage == 3 else 0)
+    return parts
+
+
+def count(module): return sum(p.numel() for p in module.parameters())
+
+
+def main():
+    text, supervised = 64, 16
+    print(f"{'preset':<13}{'ViT':>9}{'adapter':>9}{'LLM':>9}{'total':>9}   image  patches  visual tokens"
+          f"   forward   GFLOPs: ViT + adapter + LLM + head")
+    for name, make in PRESETS.items():
+        c = make()
+        with torch.device("meta"): m = InfMLLM(c)
+        sizes = [count(part) / 1e6 for part in (m.vit, m.adapter, m.llm, m)]
+        cost = [x / 1e9 for x in flops(c, text, supervised).values()]
+        print(f"{name:<13}" + "".join(f"{n:>8.1f}M" for n in sizes) + f"{c.vit.image_size:>8}"
+              f"{c.vit.side:>6}x{c.vit.side:<3}{c.visual_tokens:>12}{sum(cost):>12.1f}   "
+              + " + ".join(f"{x:.1f}" for x in cost))
+    print(f"forward: one image, {text} text tokens, {supervised} of them supervised; a multiply-add counts as two")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,137 @@
+"""Our own checkpoint directory: round trips, interruption at every point, damage; and the way back to transformers."""
+import json
+import os
+import shutil
+from pathlib import Path
+
+import oracle
+import pytest
+import torch
+from transformers import LlamaForCausalLM
+
+import checkpoint
+from data import BadInput
+from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+
+
+def tiny(seed=0):
+    return init(InfMLLM(Config(ViTConfig(32, 8, 16, 1, 2, 24), LlamaConfig(30, 16, 1, 2, 1, 24), grid=2)), seed)
+
+
+def same(a, b): return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.parameters(), b.parameters()))
+
+
+class Tokens: bytes = b"a sentencepiece model"
+
+
+def test_what_is_saved_is_what_is_loaded_in_its_own_dtypes(tmp_path):
+    m = tiny()
+    m.vit.to(torch.bfloat16)
+    checkpoint.save(tmp_path / "c", m, Tokens, {"stage": 1}, {"x.exp_avg": torch.ones(3)}, {"step": 7})
+    again = checkpoint.load(tmp_path / "c")
+    assert same(m, again) and again.config == m.config
+    assert (tmp_path / "c" / "tokenizer.model").read_bytes() == Tokens.bytes
+    assert checkpoint.read_json(tmp_path / "c" / "state.json") == {"step": 7}
+    assert torch.equal(checkpoint.load_tensors(tmp_path / "c" / "optimizer.safetensors")["x.exp_avg"], torch.ones(3))
+    assert json.loads((tmp_path / "c" / "config.json").read_text())["training"] == {"stage": 1}
+    assert checkpoint.load(tmp_path / "c", image_size=64).config.vit.image_size == 64
+    assert next(checkpoint.load(tmp_path / "c", dtype=torch.float64).parameters()).dtype == torch.float64
+
+
+@pytest.mark.parametrize("changed", [{}, dict(num_key_value_heads=2), dict(tie_word_embeddings=True),
+                                     dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})])
+def test_an_exported_language_model_gives_the_same_logits_in_transformers(changed, tmp_path):
+    ours = checkpoint.load_llama(oracle.folder(oracle.llama(**changed), tmp_path / "in"))
+    checkpoint.export_llama(ours, tmp_path / "out")
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
+    tokens = torch.randint(0, 96, (2, 60))
+    with torch.no_grad(): assert (theirs(tokens).logits - ours.head(ours(tokens))).abs().max() < 2e-5
+    again = checkpoint.load_llama(tmp_path / "out")
+    assert same(ours, again) and again.config == ours.config
+
+
+class Killed(BaseException): pass
+
+
+def interrupt(monkeypatch, after):
+    """The `after`-th operation on the disk does not happen, nor does any that would follow."""
+    left = [after]
+
+    def guard(f):
+        def call(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0: raise Killed
+            return f(*args, **kwargs)
+        return call
+
+    for owner, name in ((checkpoint, "save_file"), (Path, "write_text"), (Path, "write_bytes"), (Path, "rename"),
+                        (Path, "mkdir"), (shutil, "rmtree"), (os, "fsync")):
+        monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
+    return left
+
+
+def test_a_save_interrupted_at_any_point_leaves_the_old_or_the_new_checkpoint_whole(tmp_path, monkeypatch):
+    old, new, seen = tiny(0), tiny(1), []
+    for after in range(100):
+        path = tmp_path / str(after) / "c"
+        checkpoint.save(path, old, Tokens)
+        with monkeypatch.context() as patch:
+            left = interrupt(patch, after)
+            try: checkpoint.save(path, new, Tokens)
+            except Killed: pass
+        found = checkpoint.load(path)
+        seen.append("new" if same(found, new) else "old" if same(found, old) else "neither")
+        checkpoint.save(path, new, Tokens)                                 # and the next save clears up
+        assert same(checkpoint.load(path), new) and [p.name for p in path.parent.iterdir()] == ["c"]
+        if left[0] > 0: break
+    assert after > 10 and set(seen) == {"old", "new"} and seen == sorted(seen, reverse=True), seen
+
+
+def test_the_newest_whole_step_is_found(tmp_path):
+    for step in (5, 40, 100): checkpoint.save(tmp_path / f"step-{step:08d}", tiny(step))
+    (tmp_path / "step-00000200").mkdir()                                   # one that never got its config
+    assert checkpoint.find(tmp_path).name == "step-00000100" and same(checkpoint.load(tmp_path), tiny(100))
+    with pytest.raises(BadInput, match="no checkpoint here.*train.py"): checkpoint.find(tmp_path / "nowhere")
+
+
+def test_a_checkpoint_cut_or_flipped_anywhere_is_detected(tmp_path):
+    checkpoint.save(tmp_path / "c", tiny(), Tokens)
+    rng = torch.Generator().manual_seed(0)
+    for file in sorted((tmp_path / "c").iterdir()):
+        whole = file.read_bytes()
+        harms = [whole[:len(whole) * i // 20] for i in range(20)]
+        for _ in range(20):
+            at = torch.randint(0, 8 * len(whole), (1,), generator=rng).item()
+            harms.append(whole[:at // 8] + bytes([whole[at // 8] ^ (1 << at % 8)]) + whole[at // 8 + 1:])
+        for harm in harms:
+            file.write_bytes(harm)
+            try: checkpoint.load(tmp_path / "c")
+            except BadInput as e: assert "checksum" in str(e) or "JSON" in str(e) or "does not list" in str(e)
+            else: assert json.loads(harm) == json.loads(whole), f"{file.name} was harmed and loaded"    # a blank, say
+        file.unlink()
+        with pytest.raises(BadInput): checkpoint.load(tmp_path / "c")
+        file.write_bytes(whole)
+
+
+@pytest.mark.parametrize("harm", ["empty", "text", "cut", "folder"])
+@pytest.mark.parametrize("name", ["model.safetensors", "pytorch_model.bin", "config.json"])
+def test_broken_foreign_files_are_one_sentence_with_file_and_remedy(name, harm, tmp_path):
+    oracle.folder(oracle.llama(), tmp_path)
+    if name.endswith(".bin"):
+        torch.save(oracle.llama().state_dict(), tmp_path / name)
+        (tmp_path / "model.safetensors").unlink()
+    file = tmp_path / name
+    raw = file.read_bytes()
+    file.unlink()
+    if harm == "folder": file.mkdir()
+    else: file.write_bytes({"empty": b"", "text": b"<html>not found</html>", "cut": raw[:len(raw) // 2]}[harm])
+    with pytest.raises(BadInput) as e: checkpoint.load_llama(tmp_path)
+    assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def test_an_index_may_not_name_files_outside_its_folder(tmp_path):
+    oracle.folder(oracle.llama(), tmp_path / "a")
+    (tmp_path / "a" / "model.safetensors").rename(tmp_path / "outside.safetensors")
+    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
+    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(BadInput, match="not in the folder"): checkpoint.load_llama(tmp_path / "a")
