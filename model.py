@@ -291,7 +291,8 @@ class Llama(nn.Module):
     def __init__(self, c: LlamaConfig):
         super().__init__()
         self.config, self.recompute, self.rotary_base = c, False, None
-        self.embed = nn.Embedding(c.vocab, c.width)
+        # empty: init() or a file fills it, and on the meta device its own normal_ would import torch's compiler, 1.5 s
+        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.width), freeze=False)
         self.layers = nn.ModuleList(LlamaLayer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.eps)
         if not c.tied: self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
