@@ -92,7 +92,7 @@ CLIP_L = dict(image_size=336, patch=14, width=1024, layers=23, heads=16, mlp=409
 LLAMA_13B = dict(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
 PRESETS = {      # functions, so that nobody changes a shared default
     "toy": lambda: Config(ViTConfig(64, 8, 128, 4, 4, 512),
-                          LlamaConfig(512, 128, 4, 4, 4, 352, context=512), grid=4),
+                          LlamaConfig(640, 128, 4, 4, 4, 352, context=512), grid=4),
     "small": lambda: Config(ViTConfig(**CLIP_L),               # TinyLlama-1.1B
                             LlamaConfig(32000, 2048, 22, 32, 4, 5632, context=2048), grid=12),
     "llava-7b": lambda: Config(ViTConfig(**CLIP_L), LlamaConfig(vocab=32064), adapter="mlp", ln_vision=False,
@@ -222,11 +222,6 @@ class Cache:
         """The same cache with these rows (a tensor of numbers, repeats allowed), as beam search needs."""
         self.kv = self.kv.index_select(2, rows)
 
-    def reorder(self, rows, start):
-        """Rows change places from position `start` on, without a new cache: beams share what lies before."""
-        part = self.kv[:, :, :, :, start:self.length]
-        part.copy_(part.index_select(2, rows))
-
 
 class LlamaLayer(nn.Module):
     def __init__(self, c: LlamaConfig):
@@ -242,7 +237,7 @@ class LlamaLayer(nn.Module):
         self.up = nn.Linear(c.width, c.mlp, bias=False)
         self.down = nn.Linear(c.mlp, c.width, bias=False)
 
-    def forward(self, x, rotary, mask=None, cache=None, index=0):                    # (B, T, D)
+    def forward(self, x, rotary, mask=None, cache=None, index=0, at=None):           # (B, T, D)
         B, T, D = x.shape
         h = self.attn_norm(x)
         q = rotate(linear(h, self.q).view(B, T, self.heads, self.hd).transpose(1, 2), rotary)        # (B, H, T, hd)
@@ -250,7 +245,9 @@ class LlamaLayer(nn.Module):
         v = linear(h, self.v).view(B, T, self.kv_heads, self.hd).transpose(1, 2)
         causal = mask is None and T > 1
         if cache is not None: k, v = cache.update(index, k, v)
-        x = x + linear(attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, -1), self.o)
+        y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, -1)          # (B, T, H*hd)
+        if at is not None: x, y = (t.flatten(0, 1).index_select(0, at) for t in (x, y))            # (M, D)
+        x = x + linear(y, self.o)
         h = self.mlp_norm(x)
         return x + linear(F.silu(linear(h, self.gate)) * linear(h, self.up), self.down)
 
@@ -285,7 +282,10 @@ class Llama(nn.Module):
     """Tokens (B,T) or embeddings (B,T,D) -> hidden (B,T,D) after the final norm; `head` makes logits of them.
 
     Padding on the right needs no mask: nothing looks that far. Padding on the left, `pad` (B,) positions of each row,
-    is for generation, where all rows end at the same place.
+    is for generation, where all rows end at the same place. With `at` (M,), numbers of positions in B*T, only their
+    hidden (M,D) is made: the last layer's o and MLP, most of its work, are left out for all that nobody will read.
+    With `tree`, (position, mask (B,1,T,S)), the tokens of a row are T ways to go on at that one position, each of which
+    looks at the S positions of the cache, its own included, where the mask says: beams, which share their prompt.
     """
 
     def __init__(self, c: LlamaConfig):
@@ -297,13 +297,14 @@ class Llama(nn.Module):
         self.norm = RMSNorm(c.width, c.eps)
         if not c.tied: self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
 
-    def forward(self, x, cache=None, pad=None):
+    def forward(self, x, cache=None, pad=None, at=None, tree=None):
         if not x.is_floating_point(): x = self.embed(x)
         start, T = (cache.length if cache else 0), x.shape[1]
-        rotary, mask = self.rotary(x, start, pad), attention_mask(start, T, pad, x.device)
+        if tree: rotary, mask = self.rotary(x[:, :1], tree[0], pad), tree[1]
+        else: rotary, mask = self.rotary(x, start, pad), attention_mask(start, T, pad, x.device)
         for i, layer in enumerate(self.layers):
-            if self.recompute and x.requires_grad: x = checkpoint(layer, x, rotary, mask, use_reentrant=False)
-            else: x = layer(x, rotary, mask, cache, i)
+            args = x, rotary, mask, cache, i, (at if layer is self.layers[-1] else None)
+            x = checkpoint(layer, *args, use_reentrant=False) if self.recompute and x.requires_grad else layer(*args)
         if cache: cache.length += T
         return self.norm(x)
 
@@ -426,12 +427,13 @@ class InfMLLM(nn.Module):
         targets[b,t] is what should follow tokens[b,t]. target_at (M,): where in targets.flatten() something is
         supervised, -1 for padding; without it these are looked for, which waits for the device.
         """
-        hidden = self.llm(self.embed(images, tokens, image_at))                      # (B, T, D)
-        if targets is None: return self.llm.head(hidden)
+        x = self.embed(images, tokens, image_at)                                     # (B, T, D)
+        if targets is None: return self.llm.head(self.llm(x))
         targets = targets.flatten()
         if target_at is None: target_at = (targets != IGNORE).nonzero()[:, 0]
-        wanted = torch.where(target_at < 0, IGNORE, targets[target_at.clamp(min=0)])               # (M,)
-        hidden = hidden.flatten(0, 1).index_select(0, target_at.clamp(min=0))                      # (M, D)
+        at = target_at.clamp(min=0)
+        wanted = torch.where(target_at < 0, IGNORE, targets[at])                     # (M,)
+        hidden = self.llm(x, at=at)                                                  # (M, D)
         return summed_cross_entropy(hidden, self.llm.head_weight(), wanted)
 
     def freeze(self, stage):
@@ -473,7 +475,8 @@ def init(model, seed=0):
         owner, leaf = ([""] + name.split("."))[-2:]
         if p.ndim == 1 and leaf not in ("cls",): p.fill_(1.0 if leaf == "weight" else 0.0)
         else:
-            std = 0.02 / math.sqrt(2 * layers[ends[owner]]) if owner in ends else 0.02
+            block = model.get_submodule(name.rpartition(".")[0].rpartition(".")[0])   # the adapter has an fc2 as well
+            std = 0.02 / math.sqrt(2 * layers[type(block)]) if ends.get(owner) is type(block) else 0.02
             p.copy_(torch.randn(p.shape, generator=rng) * std)
     return model
 
@@ -493,8 +496,9 @@ def flops(c: Config, text, supervised, stage=None):
     adapter_in = 2 * c.visual_tokens * v.width * l.width
     adapter_out = 2 * c.visual_tokens * l.width ** 2
     kv = l.width * l.kv_heads // l.heads
-    qv, rest = l.width * (l.width + kv), l.width * (l.width + kv) + 3 * l.width * l.mlp
-    llm, llm_qv = 2 * T * l.layers * (qv + rest), 2 * T * l.layers * qv
+    qv, k, rest = l.width * (l.width + kv), l.width * kv, l.width * (l.width + 3 * l.mlp)
+    llm_qv = 2 * T * l.layers * qv
+    llm = llm_qv + 2 * T * l.layers * k + 2 * rest * (T * (l.layers - 1) + supervised)     # see Llama: `at`
     llm_attention = l.layers * 2 * T * T * l.width
     head = 2 * supervised * l.width * l.vocab
     parts = {"vit": vit, "adapter": adapter_in + adapter_out, "llm": llm + llm_attention, "head": head}
