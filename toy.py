@@ -266,7 +266,7 @@ def write_shard(job):
     """Pictures and a tar of scenes first..last-1; returns their records."""
     folder, seed, split, first, last = job
     out = {}
-    with tarfile.open(folder / "shards" / f"{first // SHARD:05d}.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+    with open(folder / "shards" / f"{first // SHARD:05d}.tar", "wb") as tar:
         for number in range(first, last):
             one, png = scene(seed, split, number), io.BytesIO()
             draw(one).save(png, "PNG")
@@ -274,8 +274,9 @@ def write_shard(job):
             for ending, content in (("png", png.getvalue()), ("txt", caption(one).encode())):
                 member = tarfile.TarInfo(f"{number:06d}.{ending}")
                 member.size = len(content)
-                tar.addfile(member, io.BytesIO(content))
+                tar.write(member.tobuf(tarfile.USTAR_FORMAT) + content + bytes(-len(content) % 512))
             for name, rows in records(one, seed).items(): out.setdefault(name, []).extend(rows)
+        tar.write(bytes(1024))                                         # the end mark
     return out
 
 

@@ -474,7 +474,7 @@ def test_an_epoch_takes_every_sample_once_and_the_next_in_another_order(tmp_path
     data = data_of(tmp_path, vqa_list(tmp_path, 96, "v"), train=True, batch=8, window=4)
     epochs = [[n for step in range(e * 12, e * 12 + 12) for _, n in data.rows(step).tolist()] for e in range(4)]
     for epoch in epochs: assert sorted(epoch) == list(range(96))
-    assert len(set(map(tuple, epochs))) == 4
+    assert len({frozenset(epoch[:32]) for epoch in epochs}) == 4       # not the same batches in another order
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 65, 1000])

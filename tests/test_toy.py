@@ -2,6 +2,7 @@
 import hashlib
 import json
 import math
+import os
 import random
 import re
 import subprocess
@@ -203,12 +204,17 @@ def test_every_mixture_reads_and_says_what_the_scene_says(world, tmp_path, monke
             if item.task == "chat": assert len(item.fields["types"]) == len(item.turns)
 
 
-def test_a_writing_that_was_killed_is_done_again_and_a_finished_one_is_left_alone(world, tmp_path):
+def test_a_writing_that_was_killed_is_done_again_and_a_finished_one_is_left_alone(world, tmp_path, monkeypatch):
     before = (world / "toy.json").stat().st_mtime_ns
     assert not toy.write(world, seed=5, scenes=40) and (world / "toy.json").stat().st_mtime_ns == before
     (tmp_path / "w.part99").mkdir()                                    # what a killed run leaves lies beside
     assert toy.write(tmp_path / "w", seed=5, scenes=10) and toy.write(tmp_path / "w", seed=5, scenes=12)
     assert len(list((tmp_path / "w" / "train" / "images").iterdir())) == 12
+    assert not (tmp_path / f"w.part{os.getpid()}").exists()
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(toy, "write_split", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
+        toy.write(tmp_path / "killed", scenes=3)
+    assert not (tmp_path / "killed").exists() and toy.write(tmp_path / "killed", scenes=3)
     (tmp_path / "mine").mkdir(); (tmp_path / "mine" / "thesis.txt").write_text("x")
     with pytest.raises(BadInput, match="not a toy world"): toy.write(tmp_path / "mine", scenes=3)
     assert (tmp_path / "mine" / "thesis.txt").exists()

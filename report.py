@@ -1,0 +1,266 @@
+"""What a person sees of training: what it will take, held-out losses and examples, the progress line, the loss curve.
+
+Names of dimensions as in model.py; `run` is a train.Run and `s` its settings (train.settle).
+"""
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+import model as models
+from data import TASKS, BadInput, collate
+
+PARTS = ("vit", "adapter", "llm")
+GIB = 2 ** 30
+PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100": 312e12, "A800": 312e12,
+        "L40S": 362e12, "4090": 165e12, "3090": 71e12}       # dense bf16 FLOP/s by the data sheets, for MFU
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What it takes: parameters, memory, arithmetic
+
+def sizes(model):
+    """{part: (parameters that train, parameters that do not)}"""
+    return {part: tuple(sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad == t)
+                        for t in (True, False)) for part in PARTS}
+
+
+def kept(c, s):
+    """Bytes that the layers keep for the backward pass. In a layer without recomputation, per token:
+
+        LLM   attention's norm: its input; q, k, v, the attention's output; the MLP's norm: its input; three of SwiGLU
+              where Q and V train, or all: the first norm's output; where all train: the second's, SwiGLU's product
+              (the last layer's MLP sees the supervised positions alone)
+        ViT   (if it trains) two norms' inputs and outputs, q, k, v, the attention's output; the MLP's before and after
+    A matrix keeps its input only if it trains, so frozen layers keep less, and a frozen ViT keeps nothing.
+    """
+    D, Dv, b, stage = c.llm.width, c.vit.width, number_bytes(s), s["stage"]
+    tokens, patches = s["rows"] * (c.visual_tokens + s["text"]), s["rows"] * (1 + c.vit.side ** 2)
+    kv = D // c.llm.heads * c.llm.kv_heads
+    attention = b * (3 * D + 2 * kv + D * (stage > 1))
+    mlp = b * (D + 3 * c.llm.mlp + (D + c.llm.mlp) * (stage == 3))
+    block = b * patches * (8 * Dv + 2 * c.vit.mlp) if stage == 2 else 0
+    if not s["recompute"]:
+        last = mlp * (tokens - s["rows"] * s["answer"])            # what the last MLP is spared
+        return c.llm.layers * tokens * (attention + mlp) - last + c.vit.layers * block
+    inputs = c.llm.layers * b * tokens * D + (c.vit.layers * b * patches * Dv if block else 0)
+    return inputs + max(tokens * (attention + mlp), block)         # and all of the one layer that is computed again
+
+
+def number_bytes(s): return {"bf16": 2, "fp64": 8}.get(s["dtype"], 4)
+
+
+def memory(model, s, world=1, sharded=False):
+    """Bytes on one GPU at the worst moment of a step, by what they are for: arithmetic, not measurement."""
+    c, stage, b = model.config, s["stage"], number_bytes(s)
+    master, split = max(b, 4), world if sharded else 1
+    trained, frozen = (sum(n) for n in zip(*sizes(model).values()))
+    D, Dv, V = c.llm.width, c.vit.width, c.llm.vocab
+    tokens, patches = s["rows"] * (c.visual_tokens + s["text"]), s["rows"] * (1 + c.vit.side ** 2)
+    work = 3 * b * max(c.llm.mlp * tokens, c.vit.mlp * patches)    # gradients on their way through one layer
+    adapter = s["rows"] * c.visual_tokens * (8 * Dv + 3 * D * b) + 4 * D * b * tokens      # its own, and the splice
+    head = V * D * (b + (3 * master if stage == 3 else 0)) + 12 * 2 ** 23 + 4 * s["rows"] * s["answer"] * D * b
+    copies = b * trained if b < master and not s["recompute"] else 0       # masters in bf16, kept for the backward pass
+    layers = [max(map(models.count, part)) for part in (model.vit.blocks, model.llm.layers)]
+    rest = trained + frozen - c.vit.layers * layers[0] - c.llm.layers * layers[1]
+    return {"weights": (b * frozen + master * trained) // split,
+            "gradients": master * trained // split,
+            "optimizer": 2 * master * trained // split,
+            "activations": kept(c, s) + work + adapter + head + copies,
+            "gathered": b * (3 * max(layers) + rest) if sharded else 0,    # a layer, the next, its gradients; the rest
+            "CUDA": GIB if s["dtype"] == "bf16" else 0}            # context and libraries, about
+
+
+def arithmetic(c, stage, batch):
+    """FLOPs that a micro-batch needs: its forward pass and the gradients of this stage."""
+    B, T = batch.tokens.shape
+    cost = models.flops(c, max(0, T - c.visual_tokens), batch.supervised / B, stage)
+    return len(batch.images) * (cost["vit"] + cost["adapter"]) + B * (cost["llm"] + cost["head"])
+
+
+def peak_flops(device):
+    if device.type != "cuda": return None
+    name = torch.cuda.get_device_name(device)
+    return next((flops for key, flops in PEAK.items() if key in name), None)
+
+
+def short(n): return f"{n / 1e9:.2f}B" if n >= 1e9 else f"{n / 1e6:.2f}M" if n >= 1e5 else str(n)
+
+
+def gib(n): return f"{n / GIB:.1f}" if n >= GIB / 10 else f"{n / GIB:.3f}"
+
+
+def total_memory(device):
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+
+
+def counted(counts): return ", ".join(f"{name} {n:,}" for name, n in counts.items())
+
+
+def describe(model, s, world, names, sharded, room=None):
+    """What will train, from where, in which precision, and the memory that takes: the table that a run opens with."""
+    c, compute = model.config, s["dtype"]
+    print(f"\nstage {s['stage']} of {s['preset']}: {c.visual_tokens} visual tokens an image of {c.vit.image_size} px "
+          f"({c.adapter}); batch {s['batch']} = {world} ranks x {s['accum']} micro-batches x {s['rows']} rows; "
+          f"{s['steps']} steps")
+    print(f"{'part':<9}{'trained':>10}{'frozen':>10}  {'dtype':<19}{'lr':>8}  from")
+    for part, (trained, frozen) in sizes(model).items():
+        master = "fp32" if compute == "bf16" else compute
+        dtype = ", ".join([f"{master} master"] * bool(trained) + [f"{compute} frozen"] * bool(frozen))
+        lr = f"{s['lr'][part]:.0e}" if trained else "-"
+        print(f"{part:<9}{short(trained):>10}{short(frozen):>10}  {dtype:<19}{lr:>8}  {names[part]}")
+    parts = memory(model, s, world, sharded)
+    total = sum(parts.values())
+    print(f"memory of a rank, GiB, calculated and not measured: {gib(total)} = "
+          + " + ".join(f"{name} {gib(n)}" for name, n in parts.items() if n))
+    if room and total > room:
+        print(f"  more than the {gib(room)} GiB that are there: " + "--recompute, " * (not s["recompute"])
+              + "--shard or more --accum make it less")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Held-out data
+
+def ordered(data, source, limit, run):
+    """The first `limit` samples of a source as this rank's batches: as many on every rank, which sharding needs."""
+    count, step = min(limit, len(source)), run.s["rows"] * run.world
+    for start in range(0, count, step):
+        numbers = range(start + run.rank, min(start + step, count), run.world)
+        samples = [data.sample(source, n, 0) for n in numbers or [0]]
+        batch = collate(samples, data.tokenizer.pad, data.visual, data.image_size)
+        if numbers: yield batch
+        else: yield replace(batch, target_at=torch.full_like(batch.target_at, -1), supervised=0)
+
+
+@torch.no_grad()
+def evaluate(run):
+    """{source: held-out loss per supervised token}, summed over the ranks before it is divided."""
+    sources = run.held_out.sources
+    sums = torch.zeros(2, len(sources), dtype=torch.float64, device=run.device)
+    for i, source in enumerate(sources):
+        for batch in ordered(run.held_out, source, run.args.eval_rows, run):
+            batch = batch.to(run.device, non_blocking=True)
+            with run.autocast():
+                sums[0, i] += run.model(batch.images, batch.tokens, batch.targets, batch.image_at, batch.target_at)
+            sums[1, i] += batch.supervised
+    if run.world > 1: dist.all_reduce(sums)
+    return {source.name: loss / max(tokens, 1) for source, loss, tokens in zip(sources, *sums.tolist())}
+
+
+@torch.no_grad()
+def examples(run):
+    """A held-out sample of each source with the model's own answer. A sharded model needs every rank to take part."""
+    from sample import generate
+    if run.args.shard: run.model.unshard()
+    elif run.rank: return []
+    lines = []
+    for source in run.held_out.sources:
+        item = next(run.held_out.samples(source.name))
+        with run.autocast():
+            said = generate(run.model, run.tokenizer, [item.images], [item.prompt], TASKS[item.task].pad,
+                            max_new_tokens=48)[0]
+        wanted = item.turns[0][1]
+        lines.append(f"  {source.name}: {item.prompt[-60:]!r} -> {said!r}" + f", not {wanted!r}" * (said != wanted))
+    if run.args.shard: run.model.reshard()
+    return lines
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# While it runs
+
+class Log:
+    """log.jsonl, the progress bar and tensorboard, on rank 0; on the others nothing."""
+
+    def __init__(self, out, step, steps, rank, tensorboard=False):
+        self.file, self.step, self.steps, self.quiet, self.board = out / "log.jsonl", step, steps, rank > 0, None
+        self.since, self.flops, self.seconds = time.perf_counter(), 0, {"load": 0.0, "update": 0.0, "save": 0.0}
+        self.bar = tqdm(total=steps, initial=step, unit="step", disable=True if self.quiet else None)
+        if self.quiet: return
+        # a run that was killed may have logged steps that its checkpoint does not know: they come again
+        lines = self.file.read_text().splitlines() if self.file.exists() else []
+        part = self.file.with_suffix(".new")
+        part.write_text("".join(line + "\n" for line in lines if logged_step(line) <= step))
+        part.replace(self.file)
+        if tensorboard:
+            try: from torch.utils.tensorboard import SummaryWriter
+            except ImportError: raise BadInput("--tensorboard: it is not installed; pip install tensorboard") from None
+            self.board = SummaryWriter(str(out))
+
+    def write(self, record):
+        if self.quiet: return
+        try:
+            with open(self.file, "a") as f: f.write(json.dumps(record) + "\n")
+        except OSError as e: raise BadInput(f"{self.file}: cannot be written ({e}); make room and --resume") from None
+        if not self.board: return
+        for key, value in (record | record.get("held_out", {})).items():
+            if isinstance(value, (int, float)) and key != "step": self.board.add_scalar(key, value, record["step"])
+        self.board.flush()
+
+    def say(self, text):
+        if not self.quiet: tqdm.write(text)
+
+    def progress(self, step, batch, lr, meters, bad, peak):
+        """One record of the steps since the last."""
+        now, steps = time.perf_counter(), step - self.step
+        took, loss = now - self.since, meters["loss"] / max(meters["tokens"], 1)
+        norm = meters["norm"] if math.isfinite(meters["norm"]) else None
+        record = {"step": step, "loss": loss, "grad_norm": norm, "lr": lr, "samples_per_s": batch * steps / took,
+                  "tokens_per_s": meters["tokens"] / took, "mfu": self.flops / took / peak if peak else None,
+                  "skipped": int(meters["skipped"]), "bad": bad,
+                  "seconds": {k: v / steps for k, v in self.seconds.items()} | {"step": took / steps}}
+        self.write(record)
+        shown = {"loss": f"{loss:.3f}", "lr": f"{max(lr.values()):.1e}", "samples/s": f"{record['samples_per_s']:.0f}",
+                 "tokens/s": f"{record['tokens_per_s']:.0f}"}
+        if peak: shown["MFU"] = f"{record['mfu']:.0%}"
+        if meters["skipped"]: shown["skipped"] = record["skipped"]
+        if bad: shown["bad"] = bad
+        self.bar.set_postfix(shown)
+        if self.bar.disable: self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
+        self.step, self.since, self.flops, self.seconds = step, now, 0, dict.fromkeys(self.seconds, 0.0)
+
+
+def logged_step(line):
+    try: return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError): return math.inf      # the half line of a run that was killed
+
+
+def records(folder):
+    file = Path(folder) / "log.jsonl"
+    if not file.is_file(): return []
+    return [json.loads(line) for line in file.read_text().splitlines() if logged_step(line) < math.inf]
+
+
+def measured_time(out, steps):
+    timed = [r for r in records(out) if "seconds" in r]
+    if not timed: return f"time per step: not measured (no run in {out})"
+    seconds = timed[-1]["seconds"]["step"]
+    return f"measured in {out}: {seconds:.3f} s a step, so {seconds * steps / 3600:.2f} h"
+
+
+def plot(folder):
+    """DIR/loss.png where matplotlib is installed, and a curve of characters where it is not."""
+    log = records(folder)
+    curve = [(r["step"], r["loss"]) for r in log if "loss" in r]
+    held = [(r["step"], sum(r["held_out"].values()) / len(r["held_out"])) for r in log if "held_out" in r]
+    if not curve: raise BadInput(f"{Path(folder) / 'log.jsonl'}: no record of a step; name the folder of a run")
+    try: from matplotlib.figure import Figure                      # pyplot would take a second more to import
+    except ImportError: return text_curve(curve)
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    axes.plot(*zip(*curve), label="training", linewidth=1)
+    if held: axes.plot(*zip(*held), "o-", label="held out, mean of the sources")
+    axes.set(xlabel="step", ylabel="loss per supervised token", title=str(folder))
+    axes.legend()
+    figure.savefig(Path(folder) / "loss.png", dpi=120, bbox_inches="tight")
+    print(f"drew {Path(folder) / 'loss.png'}")
+
+
+def text_curve(curve, width=60):
+    top = max(loss for _, loss in curve)
+    for step, loss in curve[::max(1, len(curve) // 20)]:
+        print(f"{step:>8} {loss:>8.3f} " + "#" * round(width * loss / top))

@@ -1,0 +1,772 @@
+"""The three stages of InfMLLM, one loop; the same update on one process and on many.
+
+    python train.py --stage 1                     # nothing named: draws the toy world and trains its adapter
+    python train.py --stage all                   # the three stages in a row, each from the one before
+    python train.py --stage 2 --resume            # the run in out/stage2 goes on, exactly
+    python train.py --stage 3 --preset infmllm-7b --gpus 8x80 --shard --plan        # what it would take; trains nothing
+    torchrun --nproc_per_node 8 train.py --stage 1 --preset infmllm-7b --vit eva_vit_g.pth --llm vicuna-7b-v1.5/ \\
+        --data recipes/stage1.toml
+    python train.py --plot out/stage1             # the loss curve
+
+What trains in which stage says model.trains(); with what, the table below. A run writes to out/stageN: checkpoints
+step-00000100/, log.jsonl (a record a logged step) and loss.png.
+"""
+import argparse
+import copy
+import gc
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import zlib
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+
+import checkpoint
+import model as models
+from adapter import pool_path
+from data import BadInput, Data, Tokenizer, load_mixture
+from report import (
+    GIB, PARTS, Log, arithmetic, counted, describe, evaluate, examples, measured_time, peak_flops, plot, total_memory,
+)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages. [published] stands in the paper or the released code, [LLaVA-1.5] in theirs; the rest is our choice.
+
+@dataclass(frozen=True)
+class Stage:
+    steps: int                    # updates
+    batch: int                    # rows per update, over all ranks
+    rows: int                     # rows a rank takes at once, at most: --accum follows from it
+    lr: dict                      # peak learning rate of each part that trains
+    image_size: int | None        # pixels per side; None: the preset's own
+    grid: int | None              # P, visual tokens per side; None: the preset's own
+    warmup: float = 0.03          # share of the steps; a cosine to zero follows                            [LLaVA-1.5]
+    weight_decay: float = 0.0     # of matrices; never of norms, biases, positions, queries                 [LLaVA-1.5]
+    recompute: bool = False       # keep no activations inside a layer, compute them again: a third more work
+    text: int = 64                # text tokens of a typical row and ...
+    answer: int = 16              # ... how many of them are supervised: for --plan, where no data is named
+
+
+TOY = {
+    1: Stage(300, 64, 64, {"adapter": 5e-3}, None, None),
+    2: Stage(1200, 64, 64, {"vit": 3e-4, "adapter": 2e-3, "llm": 3e-4}, None, None, weight_decay=0.01),
+    3: Stage(400, 64, 64, {"adapter": 3e-4, "llm": 3e-4}, None, None, weight_decay=0.01, text=160, answer=48),
+}
+PAPER = {
+    # batch 1024, 224 px, alignment on web-scale pairs [published]; a projector's 1e-3 [LLaVA-1.5]
+    1: Stage(60000, 1024, 8, {"adapter": 1e-3}, 224, 16, text=32, answer=24),
+    # 448 px, ViT + adapter + Q and V [published]
+    2: Stage(30000, 256, 32, {"vit": 1e-5, "adapter": 5e-5, "llm": 2e-5}, 448, 16, weight_decay=0.05, recompute=True),
+    # 448 px, 256 visual tokens, LLaVA's 665k conversations [published]; batch 128, 2e-5, one epoch [LLaVA-1.5]
+    3: Stage(5197, 128, 16, {"adapter": 2e-5, "llm": 2e-5}, 448, 16, recompute=True, text=448, answer=192),
+}
+STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
+OTHERS = {n: replace(s, image_size=None, grid=None) for n, s in PAPER.items()}       # small, llava-7b: their own sizes
+
+TOY_START = Path(os.path.relpath(Path(__file__).parent / "assets/toy"))
+BETAS, EPS = (0.9, 0.95), 1e-8    # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
+CLIP = 1.0                        # the gradient's global norm is cut to this
+PATIENCE = 3                      # updates in a row without a finite gradient, after which the run stops
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):
+        self.exit(2, f"train.py: {message}; python train.py --help lists the flags\n")
+
+
+def rates(text):
+    """'1e-3' for every part, or 'adapter=1e-3,llm=2e-5' for those named."""
+    pairs = [pair.rpartition("=") for pair in text.split(",")]
+    lr = {part: float(value) for part, _, value in pairs}
+    if set(lr) - {"", *PARTS} or "" in lr and len(lr) > 1: raise ValueError
+    if not all(0 <= x < math.inf for x in lr.values()): raise ValueError
+    return lr
+
+
+def between(kind, low, high=math.inf):
+    def number(text):
+        if not low <= (value := kind(text)) <= high: raise ValueError
+        return value
+    number.__name__ = f"number from {low}" + (f" to {high}" if high < math.inf else "")
+    return number
+
+
+def gpus(text):
+    count, _, size = text.lower().partition("x")
+    return between(int, 1)(count), between(float, 1)(size)
+
+
+rates.__name__, gpus.__name__ = "learning rate (1e-3, or adapter=1e-3,llm=2e-5)", "number x GiB (8x80)"
+
+
+def flags():
+    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add, on_off = p.add_argument, argparse.BooleanOptionalAction
+    add("--stage", choices=("1", "2", "3", "all"), help="which row of the table; all: the three in a row")
+    add("--preset", choices=sorted(models.PRESETS), help="architecture and table; default: --init's own, or toy")
+    add("--data", help="mixture of training data, a TOML file; default: the toy world in out/toy")
+    add("--eval-data", help="mixture held out; default: heldout.toml beside --data, where there is one")
+    add("--init", help="start from this checkpoint, whole; default: the stage before (toy stage 1: assets/toy)")
+    add("--vit", help="take the ViT from here: eva_vit_g.pth, a CLIP or a BLIP-2 folder")
+    add("--llm", help="take the LLM from here: a LLaMA or Vicuna folder")
+    add("--tokenizer", help="sentencepiece model; default: the one beside --llm or --init")
+    add("--out", help="folder of the run; default: out/stageN (with --stage all: the folder of the three)")
+    add("--resume", action="store_true", help="go on with the run in --out; its own settings hold")
+    add("--steps", type=between(int, 1), help="updates")
+    add("--batch", type=between(int, 1), help="rows per update over all ranks")
+    add("--accum", type=between(int, 1), help="micro-batches per rank and update")
+    add("--lr", type=rates, help="peak learning rate, for all parts (1e-3) or by part (adapter=1e-3,llm=2e-5)")
+    add("--warmup", type=between(float, 0, 1), help="share of the steps in which the learning rate rises")
+    add("--weight-decay", type=between(float, 0), help="AdamW's, of matrices only")
+    add("--image-size", type=between(int, 1), help="pixels per side")
+    add("--grid", type=between(int, 1), help="P: an image becomes P x P visual tokens")
+    add("--adapter", choices=("pool", "resampler", "mlp"), help="kind of adapter; another than --init's starts fresh")
+    add("--recompute", action=on_off, help="activation checkpointing: less memory, a third more work")
+    add("--seed", type=between(int, 0), help="of the batches and of fresh weights; default 0")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--dtype", choices=("auto", *DTYPES), help="of the arithmetic; default: bf16 on cuda, fp32 on cpu; "
+        "auto measures fp32 and bf16 once; fp64 is for tests")
+    add("--workers", type=between(int, 0), help="loader processes per rank; default 8 on cuda, 1 on cpu")
+    add("--shard", action="store_true", help="spread weights, gradients and optimizer over the ranks (fully_shard)")
+    add("--compile", action="store_true", help="torch.compile each layer")
+    add("--log-every", type=between(int, 1), default=10, help="steps between records of log.jsonl")
+    add("--eval-every", type=between(int, 0), help="steps between held-out evaluations; 0: never; default: 4 a run")
+    add("--eval-rows", type=between(int, 1), default=256, help="held-out rows of each evaluation")
+    add("--save-every", type=between(int, 0), help="steps between checkpoints; 0: the last alone; default: 4 a run")
+    add("--save-minutes", type=between(float, 0), default=30, help="a checkpoint also after so many minutes; 0: never")
+    add("--keep", type=between(int, 1), default=2, help="so many of the newest checkpoints stay")
+    add("--max-bad", type=between(float, 0, 1), default=0.01, help="share of unreadable samples that is put up with")
+    add("--tensorboard", action="store_true", help="write the records of log.jsonl for tensorboard too")
+    add("--plan", action="store_true", help="print what would happen and what it would take; train nothing")
+    add("--gpus", type=gpus, help="for --plan: how many GPUs of how many GiB, such as 8x80")
+    add("--plot", metavar="DIR", help="draw DIR/loss.png from DIR/log.jsonl, and do nothing else")
+    return p
+
+
+LASTING = ("preset", "data", "steps", "batch", "lr", "warmup", "weight_decay", "image_size", "grid", "adapter", "seed",
+           "dtype")               # what makes a run this run: a resumed one keeps them, and refuses others
+
+
+def settle(args, stage, world, stored=None, preset=None):
+    """Flags over stored settings over the stage's row of the table, as one flat dictionary, checked."""
+    stored = stored or {}
+    if stored.get("stage", stage) != stage:
+        raise BadInput(f"--stage {stage}: {out_folder(args, stage)} is of stage {stored['stage']}; resume that")
+    preset = args.preset or stored.get("preset") or preset or "toy"
+    row = asdict(STAGES.get(preset, OTHERS)[stage]) | {"seed": 0, "adapter": None, "dtype": None, "preset": preset}
+    given = {k: v for k, v in vars(args).items() if v is not None and (k in row or k in LASTING)}
+    if "lr" in given: given["lr"] = merged_rates(given["lr"], row["lr"], stage)
+    if "data" in given: given["data"] = str(Path(given["data"]))
+    if stored and given.get("dtype") == "auto": del given["dtype"]       # it was measured when the run began
+    for key in LASTING if stored else ():
+        if key in given and given[key] != stored.get(key):
+            raise BadInput(f"--{key.replace('_', '-')}: the run in {out_folder(args, stage)} has {stored.get(key)} and "
+                           f"not {given[key]}; leave it out to resume, or name another --out")
+    s = row | {k: stored[k] for k in LASTING if k in stored} | given
+    s["stage"] = stage
+    s["data"] = s.get("data") or (f"out/toy/stage{stage}.toml" if preset == "toy" else None)
+    if not s["data"] and not args.plan:
+        raise BadInput(f"--data: {preset} has no data of its own; name a mixture, such as recipes/stage{stage}.toml")
+    few = max(1, math.ceil(s["batch"] / (world * s["rows"])))
+    s["accum"] = args.accum or next((n for n in range(few, 8 * few) if s["batch"] % (world * n) == 0), few)
+    if s["batch"] % (world * s["accum"]):
+        raise BadInput(f"--batch {s['batch']} is not divisible by {world} ranks x {s['accum']} micro-batches; "
+                       f"the nearest that is: {max(1, round(s['batch'] / world / s['accum'])) * world * s['accum']}")
+    s["rows"] = s["batch"] // (world * s["accum"])
+    return s
+
+
+def merged_rates(given, row, stage):
+    if "" in given: return dict.fromkeys(row, given[""])
+    for part in given:
+        if part not in row: raise BadInput(f"--lr {part}=...: stage {stage} keeps the {part} frozen; leave it out")
+    return row | given
+
+
+def contradictions(args):
+    """Flags that cannot both be meant."""
+    if args.shard and "RANK" not in os.environ and not args.plan:
+        raise BadInput("--shard spreads the state over several ranks: start with torchrun --nproc_per_node N train.py")
+    if args.gpus and not args.plan: raise BadInput("--gpus describes machines to --plan alone; add --plan")
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise BadInput("--device cuda: this machine shows torch no GPU; leave it out to train on the CPU")
+    if args.stage == "all" and args.data: raise BadInput("--data is one stage's; run --stage 1, 2 and 3 one by one")
+
+
+def out_folder(args, stage):
+    if args.stage == "all": return Path(args.out or "out") / f"stage{stage}"
+    return Path(args.out or f"out/stage{stage}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Where the weights come from
+
+def start_from(args, stage):
+    """The checkpoint to start from, or None where --vit and --llm say it all; and where its name comes from."""
+    if args.init: return checkpoint.find(args.init), "--init"
+    if stage > 1:
+        before = out_folder(args, stage).parent / f"stage{stage - 1}"
+        try: return checkpoint.find(before), f"stage {stage - 1}'s output"
+        except BadInput:
+            if args.vit and args.llm: return None, ""
+            raise BadInput(f"{before}: stage {stage} starts from stage {stage - 1}'s output, which is not there; run "
+                           f"python train.py --stage {stage - 1} first, or name a start with --init") from None
+    if args.vit and args.llm: return None, ""
+    if args.preset in (None, "toy") and not args.vit and not args.llm:
+        if not (TOY_START / "model.safetensors").is_file():
+            raise BadInput(f"{TOY_START}: the toy's backbones are not there; python toy.py backbones makes them")
+        return TOY_START, "the toy's stand-ins for pretrained backbones"
+    raise BadInput(f"stage 1 of {args.preset or 'toy'} starts from --vit and --llm, or from --init; name both, or that")
+
+
+def build(args, s, path):
+    """The model of a new run on the CPU, in the files' dtypes, and {part: where it comes from}."""
+    base = checkpoint.load(path, dtype=None) if path else None
+    preset = models.PRESETS[s["preset"]]()
+    vit = checkpoint.load_vit(args.vit, dtype=None) if args.vit else base.vit
+    llm = checkpoint.load_llama(args.llm, dtype=None) if args.llm else base.llm
+    like = base.config if base else preset
+    if s["image_size"]: resize(vit, s["image_size"])
+    config = described(like, vit.config, llm.config, s)
+    with torch.device("meta"): model = models.InfMLLM(config)
+    model.vit, model.llm = vit, llm
+    names = {"vit": args.vit or path, "llm": args.llm or path, "adapter": path}
+    want = {k: p.shape for k, p in model.adapter.named_parameters()}
+    have = {k: p.shape for k, p in base.adapter.named_parameters()} if base else {}
+    if want == have: model.adapter = base.adapter
+    else:
+        names["adapter"] = "fresh" if base is None else f"fresh ({config.adapter}; {path} has another)"
+        models.init(model.adapter.to_empty(device="cpu"), s["seed"])
+    model.adapter.grid = config.grid
+    return model, names
+
+
+def resize(vit, image_size):
+    try: vit.resize(image_size)
+    except AssertionError as e: raise BadInput(f"--image-size {image_size}: {e}; take a multiple") from None
+
+
+def described(like, vit, llm, s):
+    """The Config of a run: `like`, with the stage's image size and grid, and the kind of adapter asked for."""
+    try:
+        if s["image_size"]: vit = replace(vit, image_size=s["image_size"])
+        adapter = s["adapter"] or like.adapter
+        ln_vision = like.ln_vision if adapter == like.adapter else adapter != "mlp"
+        return replace(like, vit=vit, llm=llm, adapter=adapter, grid=s["grid"] or like.grid, ln_vision=ln_vision)
+    except AssertionError as e: raise BadInput(f"--image-size, --grid: {e}; take others") from None
+
+
+def find_tokenizer(args, path):
+    for place in (args.tokenizer, args.llm, path):
+        if place: return Tokenizer(place)
+    raise BadInput("--tokenizer: none beside the weights; name a sentencepiece model (tokenizer.model)")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Onto the device: precision and parallelism
+
+@dataclass
+class Ranks:
+    rank: int
+    world: int
+    device: torch.device
+    host: object                  # a process group of the hosts, for small numbers that no device should wait for
+
+    def agree(self, *numbers):
+        """Sums over the ranks of whole numbers that the hosts know."""
+        if self.world == 1: return list(numbers)
+        t = torch.tensor(numbers, dtype=torch.int64)
+        dist.all_reduce(t, group=self.host)
+        return t.tolist()
+
+
+@dataclass
+class Run:
+    """All that the loop needs."""
+    s: dict                       # settings: settle()
+    args: argparse.Namespace
+    out: Path
+    ranks: "Ranks"
+    model: models.InfMLLM
+    net: torch.nn.Module = None   # the model, or DDP around it: what a forward pass calls
+    tokenizer: Tokenizer = None
+    data: Data = None
+    held_out: Data = None
+    optimizer: "AdamW" = None
+    originals: dict = None        # frozen tensors as they were before they were rounded for speed: what is saved
+    meters: dict = None           # 0-d float64 tensors on the device, read when something is logged
+    step: int = 0                 # updates done
+    bad: int = 0                  # samples that could not be read, over all ranks
+
+    def __post_init__(self):
+        self.rank, self.world, self.device, self.agree = (
+            self.ranks.rank, self.ranks.world, self.ranks.device, self.ranks.agree)
+
+    @property
+    def dtype(self): return DTYPES[self.s["dtype"]]
+
+    def autocast(self):
+        # no cache: it would keep a bf16 copy of every trained weight until the forward pass ends
+        return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=False)
+
+
+def cast(module, dtype, keep, device="cpu", prefix=""):
+    """Masters of what trains in fp32, what is frozen in the dtype of the arithmetic. What loses bits goes to `keep`."""
+    master, finite = torch.promote_types(dtype, torch.float32), {}
+    for name, p in module.named_parameters(prefix):
+        if hasattr(p, "full_tensor"): continue                     # sharded, and cast before that
+        to = master if p.requires_grad else dtype
+        if not p.requires_grad and p.dtype != to and keep is not None: keep[name] = p.data
+        p.data = p.data.to(device, to)
+        finite[name] = torch.isfinite(p).all()
+    for name, ok in finite.items():
+        if not ok: raise BadInput(f"{name}: the weights to start from are not finite; take others")
+
+
+def place(run):
+    """Cast, move, and set up DDP or sharding."""
+    m, args = run.model, run.args
+    run.originals = {} if run.rank == 0 else None
+    m.vit.recompute = m.llm.recompute = run.s["recompute"]
+    if args.compile:
+        torch._dynamo.config.recompile_limit = 64                  # one a bucket of shapes
+        for layer in (*m.vit.blocks, *m.llm.layers): layer.compile(dynamic=False)
+    run.net = m
+    if args.shard: return shard(run)
+    cast(m, run.dtype, run.originals, run.device)
+    if run.world > 1: run.net = torch.nn.parallel.DistributedDataParallel(m, gradient_as_bucket_view=True)
+
+
+def shard(run):
+    """A group per ViT block and LLM layer, and one for the rest. Moves a layer at a time: no device holds them all."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    mesh = init_device_mesh(run.device.type, (run.world,))
+    half = run.dtype == torch.bfloat16
+    policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None)
+    names = {module: name for name, module in run.model.named_modules()}
+    for module in (*run.model.vit.blocks, *run.model.llm.layers, run.model):
+        cast(module, run.dtype, run.originals, prefix=names[module])
+        fully_shard(module, mesh=mesh, mp_policy=policy)
+
+
+def whole(p):
+    """A tensor in one piece on the CPU; of a sharded one every rank must ask for it."""
+    p = p.detach()
+    return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu()
+
+
+def same_everywhere(run):
+    """A rank that was started with other flags or sees other data would train something that nobody asked for."""
+    mine = json.dumps([run.s, run.data.counts], sort_keys=True, default=str)
+    digest = zlib.crc32(mine.encode())
+    if run.agree(digest)[0] != digest * run.world:
+        raise BadInput(f"rank {run.rank} of {run.world}: the ranks differ in flags or data; start all with the same")
+
+
+def choose_dtype(run):
+    """auto: a forward and backward pass in fp32 and in bf16, timed on rank 0, which decides for all."""
+    if run.device.type == "cuda":                                  # no GPU that trains this is faster in fp32
+        run.s["dtype"] = "bf16"
+        return
+    c, B, seconds = run.model.config, min(8, run.s["rows"]), {}
+    T, S, answer = c.visual_tokens + run.s["text"], c.vit.image_size, run.s["answer"]
+    tokens = torch.arange(B * T).view(B, T) % c.llm.vocab
+    tokens[:, :c.visual_tokens] = models.IMAGE
+    targets = torch.where(torch.arange(T) < T - answer, models.IGNORE, tokens)
+    images = torch.zeros(B, 3, S, S, dtype=torch.uint8)
+    for run.s["dtype"] in ("fp32", "bf16"):
+        trial = copy.deepcopy(run.model)
+        cast(trial, run.dtype, None)
+        for _ in range(4):                                         # the best counts: the first warms up
+            start = time.perf_counter()
+            with run.autocast(): loss = trial(images, tokens, targets)
+            loss.backward()
+            seconds[run.s["dtype"]] = min(seconds.get(run.s["dtype"], math.inf), time.perf_counter() - start)
+    faster = run.agree(int(run.rank == 0 and seconds["bf16"] < seconds["fp32"]))[0]
+    run.s["dtype"] = "bf16" if faster else "fp32"
+    if run.rank == 0:
+        print(f"--dtype auto: {seconds['fp32']:.3f} s in fp32 and {seconds['bf16']:.3f} s in bf16 for {B} rows; "
+              f"takes {run.s['dtype']}, and keeps it when resumed")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# One update
+
+def learning_rate(s, step):
+    """Share of the peak: a linear rise, then a cosine to zero."""
+    rise = max(1, round(s["warmup"] * s["steps"]))
+    if step < rise: return (step + 1) / rise
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, s["steps"] - rise)))
+
+
+class AdamW:
+    """torch's fused kernel without torch.optim around it, whose first use imports the compiler: 1.5 s of every start.
+
+    The kernel divides gradients by `scale`, which is all that clipping takes, and where `bad` is 1 it leaves parameters
+    and moments as they were: what torch's GradScaler does, here without waiting for the device.
+    """
+    def __init__(self, groups):                                    # [(parameters, peak learning rate, weight decay)]
+        self.groups = groups
+        self.params = [p for params, _, _ in groups for p in params]
+        self.state = {p: {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")} for p in self.params}
+        self.steps = torch.zeros((), device=self.params[0].device)
+
+    @torch.no_grad()
+    def step(self, share, scale, bad):
+        self.steps += 1 - bad
+        for params, lr, decay in self.groups:
+            moments = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq"))
+            torch._fused_adamw_(params, [p.grad for p in params], *moments, [], [self.steps] * len(params),
+                                lr=lr * share, beta1=BETAS[0], beta2=BETAS[1], weight_decay=decay, eps=EPS,
+                                amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad)
+        for p in self.params: p.grad = None
+
+
+def make_optimizer(run):
+    """A group per part, matrices apart from what must not decay."""
+    groups = {}
+    for name, p in run.model.named_parameters():
+        if not p.requires_grad: continue
+        matrix = p.ndim >= 2 and name.rpartition(".")[2] not in ("positions", "queries")
+        groups.setdefault((name.split(".")[0], matrix), []).append(p)
+    run.optimizer = AdamW([(params, run.s["lr"][part], run.s["weight_decay"] * matrix)
+                           for (part, matrix), params in groups.items()])
+    assert set(run.optimizer.params) == {p for p in run.model.parameters() if p.requires_grad}, "a group is missing"
+    run.meters = {name: torch.zeros((), dtype=torch.float64, device=run.device)
+                  for name in ("loss", "tokens", "norm", "skipped", "row", "worst")}
+
+
+def gradients(run, batches, supervised):
+    """Those of sum(loss) / sum(supervised tokens), sums over all ranks and micro-batches. -> this rank's sum(loss)"""
+    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    for i, batch in enumerate(batches):
+        batch = batch.to(run.device, non_blocking=True)
+        # DDP sends gradients with the last micro-batch alone; a sharded run has no room to hold back whole ones
+        hold = run.net is not run.model and i + 1 < len(batches)
+        with run.net.no_sync() if hold else nullcontext():
+            with run.autocast():
+                loss = run.net(batch.images, batch.tokens, batch.targets, batch.image_at, batch.target_at)
+            (loss * (run.world / supervised)).backward()           # both DDP and fully_shard average over ranks
+        total += loss.detach()
+    return total
+
+
+def update(run, batches, supervised):
+    """One step of the optimizer. Nothing in here waits for the device."""
+    loss = gradients(run, batches, supervised)
+    if run.world > 1: dist.all_reduce(loss)
+    norm = torch.nn.utils.get_total_norm([p.grad for p in run.optimizer.params])
+    if hasattr(norm, "full_tensor"): norm = norm.full_tensor()
+    bad, m = ~(torch.isfinite(norm) & torch.isfinite(loss)), run.meters
+    run.optimizer.step(learning_rate(run.s, run.step), (norm / CLIP).clamp(min=1).float(), bad.float())
+    m["loss"] += torch.where(bad, 0.0, loss)
+    m["tokens"] += torch.where(bad, 0.0, supervised)
+    m["norm"] = norm.double()
+    m["skipped"] += bad
+    m["row"] = (m["row"] + 1) * bad
+    m["worst"] = torch.maximum(m["worst"], m["row"])
+    run.step += 1
+
+
+def read_meters(run):
+    """The device's counters as numbers: waits for it. Loss and tokens begin anew."""
+    values = dict(zip(run.meters, torch.stack(list(run.meters.values())).tolist()))
+    run.meters["loss"].zero_(), run.meters["tokens"].zero_()
+    return values
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checkpoints
+
+def save(run):
+    """Write out/stageN/step-K and drop what is older than the last --keep. Every rank takes part, rank 0 writes."""
+    path = run.out / f"step-{run.step:08d}"
+    tensors, optimizer = {}, {}
+    for name, p in run.model.named_parameters():
+        if run.rank and not hasattr(p, "full_tensor"): continue    # every rank has it in one piece
+        tensors[name] = whole(p)
+        for key, moment in run.optimizer.state.get(p, {}).items(): optimizer[f"{name}.{key}"] = whole(moment)
+        if run.rank: tensors, optimizer = {}, {}                   # it has helped to gather, and keeps none of it
+    if run.rank: return path
+    tensors |= run.originals
+    meters = {k: v.item() for k, v in run.meters.items() if k not in ("norm", "worst")}
+    state = {"step": run.step, "settings": run.s, "meters": meters, "counts": run.data.counts, "bad": run.bad}
+    training = {k: run.s[k] for k in ("stage", *LASTING)} | {"step": run.step}
+    try:
+        checkpoint.save(path, (run.model.config, tensors), run.tokenizer, training,
+                        optimizer | {"steps": run.optimizer.steps}, state)
+        prune(run.out, run.args.keep)
+    except (OSError, SafetensorError) as e:
+        shutil.rmtree(path.with_name(path.name + ".new"), ignore_errors=True)
+        whole_ones = sorted(p.name for p in run.out.glob("step-*") if p.name[5:].isdigit())
+        left = f"the last whole one is {run.out / whole_ones[-1]}" if whole_ones else "there is none before it"
+        raise BadInput(f"{path}: the checkpoint cannot be written ({e}); {left}; make room and --resume") from None
+    return path
+
+
+def prune(out, keep):
+    steps = sorted(p for p in out.glob("step-*") if p.name[5:].isdigit())
+    for old in [*steps[:-keep], *out.glob("step-*.new")]: shutil.rmtree(old, True)   # .new: a save that was killed
+
+
+def restore(run, path, state):
+    """Optimizer, counters and place in the data, so that the run goes on as if it had not stopped."""
+    run.bad = state["bad"]
+    if run.rank == 0: run.data.bad = run.bad                       # the ranks' counts are summed
+    run.meters = {k: v + state["meters"].get(k, 0.0) for k, v in run.meters.items()}
+    if state["counts"] != run.data.counts:
+        raise BadInput(f"{run.s['data']}: the data have changed since {path} ({state['counts']}, now "
+                       f"{run.data.counts}); bring the old ones back, or start a new run with --init {path}")
+    stored = checkpoint.load_tensors(path / "optimizer.safetensors")
+    slots = {f"{name}.{key}": moment for name, p in run.model.named_parameters()
+             for key, moment in run.optimizer.state.get(p, {}).items()} | {"steps": run.optimizer.steps}
+    if odd := sorted(set(stored) ^ set(slots)):
+        raise BadInput(f"{path}: its optimizer state is another model's ({', '.join(odd[:5])}); take another")
+    for key, slot in slots.items(): slot.copy_(like(slot, stored[key]))
+
+
+def like(p, full):
+    """A whole tensor, placed and sharded as p is."""
+    if not hasattr(p, "full_tensor"): return full.to(p.device)
+    from torch.distributed.tensor import distribute_tensor
+    return distribute_tensor(full.to(p.device), p.device_mesh, p.placements)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop, and what a person sees of it
+
+@contextmanager
+def leaving():
+    """A list that is no longer empty when SIGTERM or SIGINT wants us to leave."""
+    asked, pid = [], os.getpid()
+
+    def ask(number, frame):
+        if os.getpid() == pid: asked.append(number)                # a loader process, forked, leaves when we do
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try: yield asked
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
+
+
+def train(run, asked):
+    """Updates until --steps, or until one of the ranks is asked to leave. -> whether all were done"""
+    s, args = run.s, run.args
+    log, peak = Log(run.out, run.step, s["steps"], run.rank, args.tensorboard), peak_flops(run.device)
+    quarter = math.ceil(s["steps"] / 4)
+    save_every, eval_every = (quarter if n is None else n or math.inf for n in (args.save_every, args.eval_every))
+    saved, saved_at = time.monotonic(), run.step
+    if run.step == 0 and eval_every < math.inf: show(run, log)
+    stream = run.data.batches(run.step, s["steps"] - run.step, run.rank, run.world, s["accum"], args.workers,
+                              pin=run.device.type == "cuda")
+    while run.step < s["steps"]:
+        start = time.perf_counter()
+        batches = next(stream)
+        loaded = time.perf_counter()
+        due = run.rank == 0 and 0 < args.save_minutes * 60 < time.monotonic() - saved
+        supervised, bad, due, leave = run.agree(sum(b.supervised for b in batches), run.data.bad, due, len(asked))
+        if leave: break
+        check(run, batches, supervised, bad)
+        if peak: log.flops += sum(arithmetic(run.model.config, s["stage"], b) for b in batches) * run.world
+        update(run, batches, supervised)
+        log.seconds["load"] += loaded - start
+        log.seconds["update"] += time.perf_counter() - loaded
+        log.bar.update()
+        last = run.step == s["steps"]
+        if run.step % args.log_every == 0 or last: progress(run, log, peak)
+        if run.step % save_every == 0 or due or last:
+            start = time.perf_counter()
+            log.say(f"saved {save(run)}")
+            log.seconds["save"] += time.perf_counter() - start
+            saved, saved_at = time.monotonic(), run.step
+        if eval_every < math.inf and (run.step % eval_every == 0 or last): show(run, log)
+    stream.close()
+    if saved_at != run.step: log.say(f"saved {save(run)}")
+    log.bar.close()
+    return run.step == s["steps"]
+
+
+def check(run, batches, supervised, bad):
+    """Name what could not be read, and stop where there is too much of it or nothing to learn."""
+    s, seen, run.bad = run.s, run.s["batch"] * (run.step + 1), bad
+    news = [sentence for batch in batches for sentence in batch.bad]
+    if news:
+        with open(run.out / "unreadable.txt", "a") as f: f.writelines(f"step {run.step}: {text}\n" for text in news)
+    if bad > run.args.max_bad * max(seen, 1000):                   # no verdict from the first few samples
+        raise BadInput(f"{s['data']}: {bad} of {seen} samples were unreadable, more than --max-bad {run.args.max_bad}; "
+                       f"mend or remove those in {run.out / 'unreadable.txt'}")
+    if not supervised:
+        raise BadInput(f"{s['data']}: no token of step {run.step}'s batch is supervised, so there is nothing to learn; "
+                       "look at its answers, or shorten its prompts")
+
+
+def progress(run, log, peak):
+    """The only place of the loop that waits for the device."""
+    meters = read_meters(run)
+    lr = {part: rate * learning_rate(run.s, run.step - 1) for part, rate in run.s["lr"].items()}
+    log.progress(run.step, run.s["batch"], lr, meters, run.bad, peak and peak * run.world)
+    if meters["worst"] >= PATIENCE:
+        raise BadInput(f"step {run.step}: {PATIENCE} updates in a row had no finite gradient and were skipped; "
+                       f"lower --lr or look at the data; the last good checkpoint is in {run.out}")
+
+
+def show(run, log):
+    """Held-out loss of every source, and one example of each, written by the model as it is now."""
+    if run.held_out is None: return
+    began = time.perf_counter()
+    with torch.compiler.set_stance("force_eager") if run.args.compile else nullcontext():
+        losses, lines = evaluate(run), examples(run)
+    log.write({"step": run.step, "held_out": losses})
+    log.say(f"step {run.step}  held-out loss: " + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items()))
+    for line in lines: log.say(line)
+    log.since += time.perf_counter() - began                        # this is not training's time
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Start to end
+
+def open_data(run):
+    """The mixtures of a run; the toy world is drawn where it is wanted and not there."""
+    s, args, c = run.s, run.args, run.model.config
+    if not Path(s["data"]).exists() and s["preset"] == "toy" and s["data"].startswith("out/toy/"):
+        if run.rank == 0:
+            import toy
+            print("drawing the toy world in out/toy")
+            toy.write("out/toy")
+        run.agree(0)                                               # the others wait until it is drawn
+    common = dict(image_size=c.vit.image_size, visual=c.visual_tokens, context=c.llm.context, seed=s["seed"],
+                  image_mark=c.image_mark)
+    run.data = Data(s["data"], run.tokenizer, batch=s["batch"], **common)
+    held = args.eval_data or Path(s["data"]).with_name("heldout.toml")
+    if args.eval_data or Path(held).exists(): run.held_out = Data(held, run.tokenizer, train=False, **common)
+
+
+def prepare(args, stage, ranks):
+    """A Run that is ready to train, or None where it is finished already."""
+    out, path, state = out_folder(args, stage), None, {}
+    try: path = checkpoint.find(out)
+    except BadInput:
+        if args.resume and ranks.rank == 0: print(f"{out}: no checkpoint yet, so the run starts from the beginning")
+    if path and not args.resume:
+        raise BadInput(f"{out}: holds a run ({path.name}); --resume goes on with it, --out names another folder")
+    if path: state = checkpoint.read_json(path / "state.json")
+    start, why = (path, "resumed; --init, --vit and --llm are for new runs") if path else start_from(args, stage)
+    before = checkpoint.read_json(start / "config.json")["training"] if start else {}
+    s = settle(args, stage, ranks.world, state.get("settings"), before.get("preset"))
+    s["dtype"] = s["dtype"] or ("bf16" if ranks.device.type == "cuda" else "fp32")
+    if state and state["step"] >= s["steps"]:
+        if ranks.rank == 0: print(f"{out}: all {s['steps']} steps are done")
+        return None
+    if start and ranks.rank == 0: print(f"stage {stage} starts from {start} ({why})")
+    model, names = (checkpoint.load(path), dict.fromkeys(PARTS, path)) if path else build(args, s, start)
+    run = Run(s, args, out, ranks, model, step=state.get("step", 0))
+    run.tokenizer = Tokenizer(path) if path else find_tokenizer(args, start)
+    if run.tokenizer.size > model.config.llm.vocab:
+        raise BadInput(f"--tokenizer: has {run.tokenizer.size} pieces and the LLM {model.config.llm.vocab} embeddings; "
+                       "take the one that belongs to it")
+    torch.manual_seed(s["seed"])
+    open_data(run)
+    for name, p in model.freeze(stage).named_parameters():
+        assert p.requires_grad == models.trains(name, stage), f"{name} would train in the wrong stage"
+    if s["dtype"] == "auto": choose_dtype(run)
+    same_everywhere(run)
+    if ranks.rank == 0:
+        try: out.mkdir(parents=True, exist_ok=True)
+        except OSError as e: raise BadInput(f"--out {out}: cannot be made ({e.strerror}); name another") from None
+        describe(model, s, ranks.world, names, args.shard, total_memory(ranks.device))
+        print(f"pooling by {pool_path(ranks.device.type)}; samples: {counted(run.data.counts)}; held out: "
+              + (counted(run.held_out.counts) if run.held_out else "none (--eval-data names one)"))
+    place(run)
+    make_optimizer(run)
+    if path: restore(run, path, state)
+    return run
+
+
+def plan(args):
+    """Everything that would happen, from the architecture alone: no weights, no GPU, no training."""
+    world, room = args.gpus or (int(os.environ.get("WORLD_SIZE", 1)), None)
+    cuda = args.gpus or torch.cuda.is_available()
+    for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
+        try: start = start_from(args, stage)[0]
+        except BadInput: start = None                              # not there yet: the preset says what it would be
+        described_by = checkpoint.read_json(start / "config.json") if start else {}
+        s = settle(args, stage, world, preset=described_by.get("training", {}).get("preset"))
+        if s["dtype"] in (None, "auto"): s["dtype"] = "bf16" if cuda else "fp32"
+        like = models.Config(**described_by["model"]) if described_by else models.PRESETS[s["preset"]]()
+        with torch.device("meta"): model = models.InfMLLM(described(like, like.vit, like.llm, s)).freeze(stage)
+        names = {"vit": args.vit, "adapter": None, "llm": args.llm}
+        names = {part: name or start or "the preset" for part, name in names.items()}
+        describe(model, s, world, names, args.shard, room and room * GIB)
+        c, rows = model.config, s["steps"] * s["batch"]
+        print(f"{s['steps']} steps = {rows:,} rows, {rows * c.visual_tokens:,} visual tokens; assumed: {s['text']} "
+              f"text tokens a row, {s['answer']} of them supervised")
+        if s["data"] and Path(s["data"]).exists():
+            sources = load_mixture(s["data"])
+            total = sum(map(len, sources))
+            print(f"samples: {counted({x.name: len(x) for x in sources})}; {rows / total:.1f} epochs of {total:,}")
+        else: print(f"samples: not counted ({s['data']} is not there)" if s["data"] else "samples: no --data to count")
+        flops = s["batch"] * sum(models.flops(c, s["text"], s["answer"], stage).values())
+        print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; " + measured_time(out_folder(args, stage), s["steps"]))
+    return 0
+
+
+def main(argv=None):
+    args = flags().parse_args(argv)
+    try:
+        if args.plot: plot(args.plot); return 0
+        if not args.stage: raise BadInput("--stage: name 1, 2, 3 or all")
+        contradictions(args)
+        if args.plan: return plan(args)
+        rank, world, device = checkpoint.setup_ranks(args.device)
+        host = dist.new_group(backend="gloo") if world > 1 and device.type == "cuda" else None
+        if args.workers is None: args.workers = 8 if device.type == "cuda" else 1
+        for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
+            run = prepare(args, stage, Ranks(rank, world, device, host))
+            args.init = args.vit = args.llm = None                 # with --stage all: where the first one starts
+            if run is None: continue
+            with leaving() as asked: done = train(run, asked)
+            if rank == 0: farewell(run, done)
+            if not done: break
+        if world > 1:
+            # DDP goes first: were it the last to hold the group, freeing it could wait for ever for a thread of gloo's
+            run = None
+            gc.collect()
+            dist.destroy_process_group()
+    except BadInput as e:
+        print(f"train.py: {e}" if "RANK" not in os.environ else f"train.py, rank {os.environ['RANK']}: {e}",
+              file=sys.stderr, flush=True)
+        sys.stdout.flush()
+        if dist.is_initialized(): os._exit(2)                      # the other ranks may be gone: wait for nobody
+        return 2
+    return 0
+
+
+def farewell(run, done):
+    """The loss curve, and the next command to type."""
+    stage, out = run.s["stage"], run.out
+    named = f" --out {out}" if run.args.out and run.args.stage != "all" else ""
+    if not done:
+        return print(f"stopped at step {run.step}; python train.py --stage {run.args.stage}{named} --resume goes on")
+    plot(out)
+    if stage == 3: print(f"next: python sample.py --ckpt {out} --image PICTURE")
+    elif run.args.stage != "all":
+        named = f" --init {out} --out {out.with_name(f'stage{stage + 1}')}" if named else ""
+        print(f"next: python train.py --stage {stage + 1}{named}" + " --data MIXTURE.toml" * bool(run.args.data))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
