@@ -1,17 +1,28 @@
 """Every performance claim of this project, measured side by side in one run.
 
     python bench.py pool         # the pooling kernel against eager, torch.compile and the device's copy bandwidth
+    python bench.py decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
     python bench.py data         # the loader against a bare Pillow loop; opening and reading a million records
 
 Each prints a table with the device it found and ends with one JSON line.
 """
 import argparse
+import io
 import json
+import multiprocessing
+import os
 import platform
+import random
+import shutil
+import tarfile
+import tempfile
 import time
 from functools import partial
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 
 def device_name(device):
@@ -106,7 +117,188 @@ def bench_pool(args):
     return {"dtype": str(dtype), "copy_GB/s": peak / 1e9, "rows": rows}
 
 
-BENCHES = {"pool": bench_pool}
+
+def llava_pair(vit, llm, device):
+    """One LLaVA with random weights: transformers', and the same loaded from its saved folder."""
+    import transformers as hf
+
+    import checkpoint
+    clip = hf.CLIPVisionConfig(hidden_size=vit.width, intermediate_size=vit.mlp, num_hidden_layers=vit.layers + 1,
+                               num_attention_heads=vit.heads, image_size=vit.image_size, patch_size=vit.patch)
+    text = hf.LlamaConfig(vocab_size=llm.vocab, hidden_size=llm.width, intermediate_size=llm.mlp,
+                          num_hidden_layers=llm.layers, num_attention_heads=llm.heads,
+                          num_key_value_heads=llm.kv_heads, max_position_embeddings=llm.context)
+    hf.utils.logging.disable_progress_bar()
+    torch.manual_seed(0)
+    theirs = hf.LlavaForConditionalGeneration(hf.LlavaConfig(vision_config=clip, text_config=text,
+                                                             image_token_index=llm.vocab - 1)).eval()
+    with torch.no_grad(): theirs.lm_head.weight.mul_(20)     # clear winners: rounding decides no token
+    with tempfile.TemporaryDirectory() as folder:
+        theirs.save_pretrained(folder)
+        return theirs.to(device), checkpoint.load_llava(folder).to(device)
+
+
+def bench_decode(args, size="toy", new=64, repeat=5):
+    """Tokens per second of a generate() call, picture and prompt included; the best of `repeat`, taken in turns."""
+    from model import IMAGE, PRESETS
+    from sample import generate_ids
+    c, rows = PRESETS[size](), []
+    c.vit.image_size = 4 * c.vit.patch                       # 4 x 4 patches: the toy's 16 visual tokens, without a pool
+    if size != "toy": c.vit.layers = 2                       # the picture is not what is measured
+    theirs, ours = llava_pair(c.vit, c.llm, args.device)
+    print(f"{size}: {new} new tokens after a picture and 20 tokens; tokens/s")
+    print("batch  beams  transformers      ours      x   same ids")
+    for batch, beams in ((1, 1), (8, 1), (1, 5), (8, 5)):
+        prompt = [[1, 5] + [IMAGE] * 16 + list(range(10 * b, 10 * b + 18)) for b in range(1, batch + 1)]
+        images = torch.randn(batch, 3, c.vit.image_size, c.vit.image_size, device=args.device)
+        ids = torch.tensor([[c.llm.vocab - 1 if i == IMAGE else i for i in row] for row in prompt], device=args.device)
+        call = partial(theirs.generate, input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=images,
+                       max_new_tokens=new, min_new_tokens=new, num_beams=beams, do_sample=False, eos_token_id=2,
+                       pad_token_id=0)
+        runs = {"transformers": lambda call=call, ids=ids: call()[:, ids.shape[1]:].tolist(),
+                "ours": partial(generate_ids, ours, images, prompt, max_new_tokens=new, min_new_tokens=new,
+                                beams=beams)}
+        said = {name: run() for name, run in runs.items()}
+        took = {name: float("inf") for name in runs}
+        for _ in range(repeat):
+            for name, run in runs.items(): took[name] = min(took[name], seconds(run, repeat=1, warmup=0))
+        rate = {name: batch * new / t for name, t in took.items()}
+        row = {"batch": batch, "beams": beams, **rate, "x": rate["ours"] / rate["transformers"],
+               "same": said["ours"] == said["transformers"]}
+        print(f"{batch:5}{beams:7}{rate['transformers']:14.1f}{rate['ours']:10.1f}{row['x']:7.2f}   {row['same']}")
+        rows.append(row)
+    return {"size": size, "new": new, "rows": rows}
+
+
+def resident():
+    """This process's memory: all that it maps, and what it shares with nobody."""
+    lines = open("/proc/self/smaps_rollup").read().splitlines()[1:]
+    kb = {line.split(":")[0]: int(line.split()[1]) for line in lines}
+    return {"Rss": kb["Rss"], "Private": kb["Private_Dirty"] + kb["Private_Clean"]}
+
+
+def read_many(source, seed, count, out):
+    """A worker's life: random reads, its memory before (after 200 warm ones) and after."""
+    rng = random.Random(seed)
+    for _ in range(200): source.read(rng.randrange(len(source)))
+    before = resident()
+    for _ in range(count): source.read(rng.randrange(len(source)))
+    out.put((before, resident()))
+
+
+def million(folder, records=1_000_000, tars=200, images=1000):
+    """A JSONL of a million LLaVA-like records and 200 tars of 1,000 images, and the mixture that names them."""
+    picture = io.BytesIO()
+    Image.effect_noise((64, 64), 40).convert("RGB").save(picture, "JPEG")
+    with open(folder / "talk.jsonl", "w") as f:
+        for i in range(records):
+            said = [{"from": "human", "value": f"question {i} " * (1 + i % 7)},
+                    {"from": "gpt", "value": "an answer of some words " * (1 + i % 11)}]
+            f.write(json.dumps({"id": str(i), "conversations": said}) + "\n")
+    with tarfile.open(folder / "0.tar", "w") as tar:
+        for i in range(images):
+            for ending, content in (("jpg", picture.getvalue()), ("txt", f"caption {i}".encode())):
+                member = tarfile.TarInfo(f"{i:09d}.{ending}")
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    for i in range(1, tars): shutil.copy(folder / "0.tar", folder / f"{i}.tar")
+    (folder / "mix.toml").write_text('[[source]]\nname = "talk"\nformat = "conversations"\nannotations = "talk.jsonl"\n'
+                                     '[[source]]\nname = "tars"\nformat = "caption-shards"\nshards = "*.tar"\n')
+    return folder / "mix.toml"
+
+
+def bench_records(folder):
+    """Open twice, read at random, watch four workers' memory."""
+    from data import load_mixture
+    toml, found = million(folder), {}
+    for name in ("first open", "second open"):
+        start, cpu = time.perf_counter(), time.process_time()
+        sources = load_mixture(toml)
+        found |= {name + " s": time.perf_counter() - start, name + " CPU s": time.process_time() - cpu}
+    for source in sources:
+        rng = random.Random(0)
+        times = []
+        for _ in range(20_000):
+            start, number = time.perf_counter(), rng.randrange(len(source))
+            source.read(number)
+            times.append(time.perf_counter() - start)
+        times.sort()
+        found |= {f"{source.name} records": len(source), f"{source.name} read ms": 1e3 * sum(times) / len(times),
+                  f"{source.name} read p99 ms": 1e3 * times[-200]}
+    fork = multiprocessing.get_context("fork")
+    for source in sources:
+        out = fork.SimpleQueue()
+        workers = [fork.Process(target=read_many, args=(source, i, 20_000, out)) for i in range(4)]
+        for w in workers: w.start()
+        pairs = [out.get() for _ in workers]
+        for w in workers: w.join()
+        for kind in ("Rss", "Private"):
+            before, after = (sum(pair[i][kind] for pair in pairs) for i in (0, 1))
+            found[f"{source.name} 4 workers {kind} MB"] = before / 1024
+            found[f"{source.name} 4 workers {kind} growth"] = after / before - 1
+    return found
+
+
+def bare(job):
+    """What anyone writes first: open, decode, resize; nothing else."""
+    path, side = job
+    with Image.open(path) as image:
+        return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC).tobytes()[:1]
+
+
+def bench_loader(folder, count=256, repeat=5):
+    """Decode + transform + encode + collate against the bare loop: same pictures, same cores, taken in turns.
+    Without workers in CPU seconds, which do not mind other processes; with them in wall seconds, which do."""
+    from data import Data, Tokenizer
+    (folder / "images").mkdir()
+    rng, names = np.random.default_rng(0), [f"{i:06d}.jpg" for i in range(count)]
+    for name in names:                                      # smooth shapes and some grain, about COCO's 100 KB
+        coarse = Image.fromarray(rng.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((640, 480), Image.BICUBIC)
+        grain = np.asarray(coarse) + rng.normal(0, 6, (480, 640, 1))
+        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(folder / "images" / name, quality=90)
+    notes = {"images": [{"id": i, "file_name": name} for i, name in enumerate(names)],
+             "annotations": [{"image_id": i, "caption": f"a picture with number {i} on it"} for i in range(count)]}
+    (folder / "c.json").write_text(json.dumps(notes))
+    (folder / "c.toml").write_text('[[source]]\nname = "c"\nformat = "coco-caption"\nannotations = "c.json"\n'
+                                   'images = "images"\n')
+    paths = [folder / "images" / name for name in names]
+    found = {"jpeg KB": paths[0].stat().st_size / 1024}
+    for side in (224, 448):
+        for workers in (0, 2):
+            data = Data(folder / "c.toml", Tokenizer("assets/toy"), side, 256, 2048, batch=16, train=False)
+            pool = multiprocessing.get_context("fork").Pool(workers) if workers else None
+            times, clock = {"bare": [], "loader": []}, time.perf_counter if workers else time.process_time
+            for _ in range(repeat):
+                start = clock()
+                if pool: pool.map(bare, [(p, side) for p in paths], chunksize=16)
+                else: [bare((p, side)) for p in paths]
+                times["bare"].append(clock() - start)
+                stream = data.batches(workers=workers)
+                for _ in range(4): next(stream)             # workers are up; what they have begun at the start of the
+                start = clock()                             # clock is made good by what they have begun at its end
+                for _ in range(count // 16): next(stream)
+                times["loader"].append(clock() - start)
+                stream.close()
+            if pool: pool.terminate()
+            rate = {name: count / sorted(t)[len(t) // 2] for name, t in times.items()}
+            key = f"{side} px, {workers or 'no'} workers"
+            found |= {f"{key}: bare images/s": rate["bare"], f"{key}: loader images/s": rate["loader"],
+                      f"{key}: share": rate["loader"] / rate["bare"]}
+    return found
+
+
+def bench_data(args):
+    """A million records, 200 tars, and the loader's own cost."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["XDG_CACHE_HOME"] = folder + "/cache"    # so that the first open is a first one
+        (Path(folder) / "many").mkdir()
+        found = bench_records(Path(folder) / "many") | bench_loader(Path(folder))
+    for name, value in found.items(): print(f"{name:45}{value:14.4g}")
+    return found
+
+
+BENCHES = {"pool": bench_pool, "data": bench_data, "decode": bench_decode,
+           "decode-small": partial(bench_decode, size="small", new=16, repeat=1)}
 
 
 def main():
