@@ -298,7 +298,7 @@ def bench_data(args):
 
 
 BENCHES = {"pool": bench_pool, "data": bench_data, "decode": bench_decode,
-           "decode-small": partial(bench_decode, size="small", new=16, repeat=1)}
+           "decode-small": partial(bench_decode, size="small", new=8, repeat=1)}
 
 
 def main():

@@ -161,8 +161,8 @@ def decode(exams, model, tokenizer, args, ranks, folder):
     right = []
     with open(path, "a", encoding="utf-8") as out:
         for exam, first, last in windows[ranks.rank::ranks.world]:
-            settings = sample.DECODING[exam.task] | {k: v for k, v in vars(args).items()
-                                                     if k in ("beams", "max_new_tokens") and v is not None}
+            asked_for = {k: getattr(args, k) for k in ("beams", "min_new_tokens", "max_new_tokens")}
+            settings = sample.DECODING[exam.task] | {k: v for k, v in asked_for.items() if v is not None}
             settings["min_new_tokens"] = min(settings.get("min_new_tokens", 0), settings["max_new_tokens"])
             asked = questions(exam, first, last, model, tokenizer)
             for at in range(0, len(asked), args.batch):
@@ -331,6 +331,7 @@ def parse(argv=None):
     add("--limit", type=int, help="at most so many samples of each source")
     add("--batch", type=int, default=8, help="samples decoded together by a rank; default 8")
     add("--beams", type=int, help="beams of the search; default: the task's own")
+    add("--min-new-tokens", type=int, help="shortest answer in tokens; default: the task's own (captions: 8)")
     add("--max-new-tokens", type=int, help="longest answer in tokens; default: the task's own")
     add("--protocol", choices=["vqav2", "infmllm", "textvqa"], default="vqav2", help="rules of VQA accuracy")
     add("--out", help="folder of the predictions; default out/evaluate/CHECKPOINT-DATA")
@@ -343,6 +344,8 @@ def parse(argv=None):
         value = getattr(args, name)
         if value is not None and value < 1: raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least 1")
     if sum(map(bool, (args.data, args.pope, args.mme))) > 1: raise BadInput("choose one of --data, --pope and --mme")
+    elif not any((args.data, args.pope, args.mme)) and args.min_new_tokens is None:
+        args.min_new_tokens = 0                                # the toy's captions may be shorter than the released 8
     if (args.pope or args.mme) and args.task not in (None, "vqa", "chat"):
         raise BadInput(f"--task {args.task}: yes-or-no questions are asked as vqa or chat")
     if args.images and not args.pope: raise BadInput("--images belongs to --pope; a mixture names its own")
@@ -385,8 +388,8 @@ def main(argv=None):
     folder = Path(args.out or f"out/evaluate/{named}")
     weights = zlib.crc32(model.adapter.fc2.weight.detach().float().cpu().numpy().tobytes())
     claim(folder, {"weights": weights, "data": str(what), "dtype": str(model.adapter.fc2.weight.dtype), "sources": {
-        e.name: e.count for e in exams}, "batch": args.batch, "beams": args.beams, "length": args.max_new_tokens,
-        "task": args.task})
+        e.name: e.count for e in exams}, "batch": args.batch, "beams": args.beams,
+        "length": [args.min_new_tokens, args.max_new_tokens], "task": args.task})
     decode(exams, model, tokenizer, args, ranks, folder)
     wait(ranks)
     if rank == 0: report(args, exams, folder)

@@ -387,8 +387,9 @@ def settings(args):
     """Decoding of the task, with what the command line says instead."""
     chosen = dict(DECODING[args.task], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     if args.temperature: chosen["beams"] = 1
-    for name in ("beams", "max_new_tokens"):
+    for name in ("beams", "min_new_tokens", "max_new_tokens"):
         if getattr(args, name) is not None: chosen[name] = getattr(args, name)
+    if not args.ckpt and args.min_new_tokens is None: chosen["min_new_tokens"] = 0     # the toy's captions are short
     chosen["min_new_tokens"] = min(chosen.get("min_new_tokens", 0), chosen["max_new_tokens"])
     return chosen
 
@@ -463,6 +464,7 @@ def parse(argv=None):
     add("--task", choices=list(TASKS), default="chat", help="what is asked; default chat")
     add("--prompt", help="vqa, chat: the question; ground: the phrase; region: x1,y1,x2,y2 as fractions")
     add("--beams", type=int, help="beams of the search; 1 is greedy; default: the task's own")
+    add("--min-new-tokens", type=int, help="shortest answer in tokens; default: the task's own (captions: 8)")
     add("--max-new-tokens", type=int, help="longest answer in tokens; default: the task's own")
     add("--temperature", type=float, default=0.0, help="above 0: draw at random instead of searching; default 0")
     add("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: from all")

@@ -253,10 +253,9 @@ def test_updates_without_a_finite_gradient_are_skipped_counted_and_three_in_a_ro
     assert all(torch.isfinite(p).all() for p in checkpoint.load(here / "b").parameters())
 
 
-def test_samples_that_cannot_be_read_are_replaced_counted_and_named_until_too_many(tmp_path, capsys, monkeypatch):
-    world = tiny.world(tmp_path)
+def test_samples_that_cannot_be_read_are_replaced_counted_and_named_until_too_many(here, capsys, monkeypatch):
+    world = tiny.world(here)
     monkeypatch.chdir(world)
-    monkeypatch.setattr(train, "plot", lambda folder: None)
     (world / "out/toy/images/3.png").write_bytes(b"no picture")
     common = ["--stage", "1", "--init", "start", *FAST, "--steps", "6", "--eval-every", "0"]
     assert train.main([*common, "--out", "a"]) == 0
