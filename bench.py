@@ -2,6 +2,7 @@
 
     python bench.py pool         # the pooling kernel against eager, torch.compile and the device's copy bandwidth
     python bench.py decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
+    python bench.py step         # what the training loop costs beside its work, on the toy
     python bench.py data         # the loader against a bare Pillow loop; opening and reading a million records
 
 Each prints a table with the device it found and ends with one JSON line.
@@ -297,7 +298,44 @@ def bench_data(args):
     return found
 
 
-BENCHES = {"pool": bench_pool, "data": bench_data, "decode": bench_decode,
+def bench_step(args, steps=40):
+    """What the training loop costs beside its work: a step's time less gradients, optimizer and loading."""
+    import train
+    rows, clock = [], {}
+
+    def timed(name, f):
+        def run(*a, **k):
+            start = time.perf_counter()
+            try: return f(*a, **k)
+            finally: clock[name] = clock.get(name, 0.0) + time.perf_counter() - start
+        return run
+
+    train.gradients = timed("gradients", train.gradients)
+    train.AdamW.step = timed("optimizer", train.AdamW.step)
+    with tempfile.TemporaryDirectory() as folder:
+        start = "assets/toy"
+        for stage in (1, 2, 3):
+            clock.clear()
+            out = f"{folder}/stage{stage}"
+            code = train.main(["--stage", str(stage), "--init", start, "--out", out, "--steps", str(steps),
+                               "--log-every", str(steps), "--eval-every", "0", "--save-every", "0",
+                               "--device", args.device])
+            assert code == 0, "the run failed; see above"
+            record = [json.loads(line) for line in open(f"{out}/log.jsonl")][-1]
+            step, load = (steps * record["seconds"][key] for key in ("step", "load"))
+            rest = step - load - clock["gradients"] - clock["optimizer"]
+            rows.append({"stage": stage, "step_ms": 1e3 * step / steps, "loading_ms": 1e3 * load / steps,
+                         **{f"{key}_ms": 1e3 * value / steps for key, value in clock.items()},
+                         "loop_share": rest / step})
+            start = out
+    print("stage    step ms  = loading + gradients + optimizer + loop, of which the loop is")
+    for r in rows:
+        print(f"{r['stage']:5}{r['step_ms']:11.2f}{r['loading_ms']:10.2f}{r['gradients_ms']:12.2f}"
+              f"{r['optimizer_ms']:12.2f}{100 * r['loop_share']:12.2f}%")
+    return {"rows": rows}
+
+
+BENCHES = {"pool": bench_pool, "step": bench_step, "data": bench_data, "decode": bench_decode,
            "decode-small": partial(bench_decode, size="small", new=8, repeat=1)}
 
 

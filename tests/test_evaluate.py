@@ -4,12 +4,14 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from test_sample import TOKENIZER, one_thread, tiny  # noqa: F401  (one_thread is a fixture)
+from test_sample import whole as without_cache
 
 import checkpoint
 import evaluate
@@ -84,6 +86,21 @@ def test_answers_are_those_of_sample_py(world, whole):
         image = sample.open_image(world / "images/3.png")
         settings = sample.DECODING[kind] | {"max_new_tokens": 8}
         assert sample.generate(model, tokenizer, [image], [r["asked"]], **settings) == [r["said"]]
+    r = next(r for r in rows if (r["source"], r["number"], r["turn"]) == ("chat", 3, 1))
+    past = [("what colour is it?", tokenizer.encode("It is red.")), ("where is it?", None)]
+    assert tokenizer.decode(without_cache(model, tokenizer, image, past, 8)) == r["said"], "the past is the true one"
+
+
+def test_ranks_share_the_work_in_whole_windows(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(sample, "answer", lambda model, tokenizer, images, *_, **__: ["x"] * len(images))
+    args = evaluate.parse(["--data", str(world / "all.toml"), "--batch", "1"])
+    model, tokenizer = sample.load_model(world / "ck", device="cpu")
+    exams, seen = evaluate.open_exams(args, model, tokenizer), []
+    for rank in range(2):
+        (tmp_path / f"{rank}").mkdir()
+        evaluate.decode(exams, model, tokenizer, args, SimpleNamespace(rank=rank, world=2), tmp_path / f"{rank}")
+        seen.append({evaluate.key(r) for r in evaluate.read_rows(tmp_path / f"{rank}")})
+    assert min(map(len, seen)) > 8 and not seen[0] & seen[1] and len(seen[0] | seen[1]) == sum(COUNTS.values()) + 6
 
 
 def test_an_evaluation_killed_and_rerun_ends_with_the_same_file(world, whole, tmp_path, monkeypatch):
