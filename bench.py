@@ -336,7 +336,7 @@ def bench_step(args, steps=40):
 
 
 BENCHES = {"pool": bench_pool, "step": bench_step, "data": bench_data, "decode": bench_decode,
-           "decode-small": partial(bench_decode, size="small", new=8, repeat=1)}
+           "decode-small": partial(bench_decode, size="small", new=8, repeat=2)}
 
 
 def main():
