@@ -641,9 +641,9 @@ def collate(samples, pad, visual, side, bucket=BUCKET, bad=()):
     tokens, targets = np.full((B, T), pad), np.full((B, T), IGNORE)
     for b, (ids, wanted, _) in enumerate(samples): tokens[b, :len(ids)], targets[b, :len(ids)] = ids, wanted
     pictures = [picture for _, _, row in samples for picture in row]
-    images = torch.empty((max(1, len(pictures)), 3, side, side), dtype=torch.uint8)
-    for n, picture in enumerate(pictures or [np.full((side, side, 3), 127)]):
-        images.numpy()[n] = picture.transpose(2, 0, 1)
+    images = torch.empty((max(1, len(pictures)), side, side, 3), dtype=torch.uint8)
+    for n, picture in enumerate(pictures or [np.full((side, side, 3), 127)]): images.numpy()[n] = picture
+    images = images.permute(0, 3, 1, 2)                                # a view, channels last: nothing is turned
     image_at = np.flatnonzero(tokens == IMAGE) if pictures else np.full(visual, -1)
     assert len(image_at) == len(images) * visual, f"{len(image_at)} placeholders for {len(images)} images x {visual}"
     wanted = np.flatnonzero(targets != IGNORE)
