@@ -369,8 +369,8 @@ def wait(ranks):
     if ranks.world > 1: dist.barrier()
 
 
-def main(argv=None):
-    args = parse(argv)
+def examine(args):
+    """Answers and scores: {source: [(metric, score, count)]} and their folder; only rank 0 gets them."""
     rank, world, device = checkpoint.setup_ranks(args.device, timeout=24 * 3600)      # ranks do not finish together
     ranks = SimpleNamespace(rank=rank, world=world)
     path = Path(args.ckpt) if args.ckpt else sample.newest()
@@ -392,22 +392,35 @@ def main(argv=None):
         "length": [args.min_new_tokens, args.max_new_tokens], "task": args.task})
     decode(exams, model, tokenizer, args, ranks, folder)
     wait(ranks)
-    if rank == 0: report(args, exams, folder)
+    scores = report(args, exams, folder) if rank == 0 else None
     if world > 1: dist.destroy_process_group()
+    return scores, folder
 
 
 def report(args, exams, folder):
+    """The ranks' answers in one file, scored, drawn, and as the test servers take them."""
     rows = merge(folder)
     by_source = {e.name: [r for r in rows if r["source"] == e.name] for e in exams}
     scores = {e.name: score(by_source[e.name], e.kind, args.protocol) for e in exams}
     for e in exams:
         if sent := submission(by_source[e.name], e.kind):
             (folder / f"{e.name}.submission.json").write_text(json.dumps(sent))
-    table = {name: {metric.strip(): {"score": value, "count": count} for metric, value, count in lines}
-             for name, lines in scores.items()}
-    (folder / "scores.json").write_text(json.dumps(table, indent=2))
+    (folder / "scores.json").write_text(json.dumps(table(scores), indent=2))
     if args.sheet: contact_sheet(args.sheet, exams, rows)
-    if args.json: print(json.dumps(table))
+    return scores
+
+
+def table(scores):
+    """The scores as JSON; those of one type or subtask as `type right`, since a type may be called like a metric."""
+    return {name: {metric.replace("  ", "type ", 1): {"score": value, "count": count} for metric, value, count in lines}
+            for name, lines in scores.items()}
+
+
+def main(argv=None):
+    args = parse(argv)
+    scores, folder = examine(args)
+    if scores is None: return
+    if args.json: print(json.dumps(table(scores)))
     else: show(scores); print(f"answers: {folder / 'predictions.jsonl'}")
 
 

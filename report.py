@@ -4,6 +4,7 @@ Names of dimensions as in model.py; `run` is a train.Run and `s` its settings (t
 """
 import json
 import math
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,9 @@ import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
+import metrics
 import model as models
-from data import TASKS, BadInput, collate
+from data import TASKS, BadInput, collate, parse_box
 
 PARTS = ("vit", "adapter", "llm")
 GIB = 2 ** 30
@@ -99,6 +101,27 @@ def total_memory(device):
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
+class Peak:
+    """The most memory that this rank has held since `begin`, on its GPU, or in RAM where the system tells."""
+
+    def __init__(self, device): self.device = device if device.type == "cuda" else None
+
+    def begin(self):
+        if self.device: torch.cuda.reset_peak_memory_stats(self.device)
+        elif Path("/proc/self/clear_refs").exists(): Path("/proc/self/clear_refs").write_text("5")
+        self.start = self.read()
+
+    def read(self):
+        if self.device: return torch.cuda.max_memory_allocated(self.device)
+        status = Path("/proc/self/status")
+        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else None
+
+    def __str__(self):
+        now = self.read()
+        if now is None: return "not measured (this system does not tell)"
+        return f"{now / GIB:.2f} GiB, of which {self.start / GIB:.2f} were held before the first step"
+
+
 def counted(counts): return ", ".join(f"{name} {n:,}" for name, n in counts.items())
 
 
@@ -165,9 +188,38 @@ def examples(run):
             said = generate(run.model, run.tokenizer, [item.images], [item.prompt], TASKS[item.task].pad,
                             max_new_tokens=48)[0]
         wanted = item.turns[0][1]
-        lines.append(f"  {source.name}: {item.prompt[-60:]!r} -> {said!r}" + f", not {wanted!r}" * (said != wanted))
+        line = f"  {source.name}: {item.prompt[-60:]!r} -> {said!r}" + f", not {wanted!r}" * (said != wanted)
+        box = parse_box(wanted)
+        lines.append(line + (f" (IoU {metrics.iou(parse_box(said), box):.2f})" if box else ""))
     if run.args.shard: run.model.reshard()
     return lines
+
+
+def final_scores(out, mixture, rows):
+    """What evaluate.py says of a finished run, with its contact sheet, and a column for every stage beside it."""
+    import evaluate as evaluation
+    shutil.rmtree(out / "evaluation", ignore_errors=True)
+    argv = ["--ckpt", str(out), "--data", str(mixture), "--limit", str(rows), "--beams", "1", "--min-new-tokens", "0",
+            "--batch", "50", "--out", str(out / "evaluation"), "--sheet", str(out / "sheet.png")]
+    print("python evaluate.py", *argv)
+    evaluation.examine(evaluation.parse(argv))
+    stage_table([p for p in sorted(out.parent.glob("stage[123]")) if p <= out] if out.name[:-1] == "stage" else [out])
+    print(f"right and wrong answers: {out / 'sheet.png'}")
+
+
+def stage_table(folders):
+    """A column a run: the scores that its evaluation left. Of a score by types, the lowest type."""
+    columns = {}
+    for folder in (f for f in folders if (f / "evaluation/scores.json").is_file()):
+        for source, scores in json.loads((folder / "evaluation/scores.json").read_text()).items():
+            typed = {name: s["score"] for name, s in scores.items() if name.startswith("type ")}
+            found = {name: f"{s['score']:.3f}" for name, s in scores.items() if name not in typed}
+            lowest = min(typed, key=typed.get, default=None)
+            if lowest: found["lowest type"] = f"{typed[lowest]:.3f} {lowest.removeprefix('type ')}"
+            for name, text in found.items(): columns.setdefault((source, name), {})[folder] = text
+    print(f"\n{'held out, answers generated':<42}" + "".join(f"{folder.name:<22}" for folder in folders))
+    for (source, name), texts in columns.items():
+        print(f"{source + '  ' + name:<42}" + "".join(f"{texts.get(folder, ''):<22}" for folder in folders))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -35,7 +35,8 @@ import model as models
 from adapter import pool_path
 from data import BadInput, Data, Tokenizer, load_mixture
 from report import (
-    GIB, PARTS, Log, arithmetic, counted, describe, evaluate, examples, measured_time, peak_flops, plot, total_memory,
+    GIB, PARTS, Log, Peak, arithmetic, counted, describe, evaluate, examples, final_scores, measured_time, peak_flops,
+    plot, total_memory,
 )
 
 
@@ -146,6 +147,8 @@ def flags():
     add("--log-every", type=between(int, 1), default=10, help="steps between records of log.jsonl")
     add("--eval-every", type=between(int, 0), help="steps between held-out evaluations; 0: never; default: 4 a run")
     add("--eval-rows", type=between(int, 1), default=256, help="held-out rows of each evaluation")
+    add("--score-rows", type=between(int, 0), default=100, help="held-out rows of each source that are answered and "
+        "scored at the end, where one process trains; 0: none")
     add("--save-every", type=between(int, 0), help="steps between checkpoints; 0: the last alone; default: 4 a run")
     add("--save-minutes", type=between(float, 0), default=30, help="a checkpoint also after so many minutes; 0: never")
     add("--keep", type=between(int, 1), default=2, help="so many of the newest checkpoints stay")
@@ -571,6 +574,8 @@ def train(run, asked):
     save_every, eval_every = (quarter if n is None else n or math.inf for n in (args.save_every, args.eval_every))
     saved, saved_at = time.monotonic(), run.step
     if run.step == 0 and eval_every < math.inf: show(run, log)
+    memory = Peak(run.device)
+    memory.begin()
     stream = run.data.batches(run.step, s["steps"] - run.step, run.rank, run.world, s["accum"], args.workers,
                               pin=run.device.type == "cuda")
     while run.step < s["steps"]:
@@ -597,6 +602,7 @@ def train(run, asked):
     stream.close()
     if saved_at != run.step: log.say(f"saved {save(run)}")
     log.bar.close()
+    if run.rank == 0: print(f"memory of a rank at its peak, measured: {memory}")
     return run.step == s["steps"]
 
 
@@ -740,6 +746,9 @@ def main(argv=None):
             if run is None: continue
             with leaving() as asked: done = train(run, asked)
             if rank == 0: farewell(run, done)
+            exam = run.out, run.held_out and run.held_out.sources[0].toml, args.score_rows
+            run = None                                             # makes room for the model that is examined
+            if done and world == 1 and all(exam) and args.eval_every != 0: final_scores(*exam)
             if not done: break
         if world > 1:
             # DDP goes first: were it the last to hold the group, freeing it could wait for ever for a thread of gloo's

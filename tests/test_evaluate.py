@@ -75,7 +75,7 @@ def test_every_sample_is_answered_once_in_order_with_what_scoring_needs(whole):
     assert of("chat")["truth"] == ["It is red."] and of("chat")["type"] == "colour"
     scores = json.loads(whole[1])
     assert {name: next(iter(table.values()))["count"] for name, table in scores.items()} == COUNTS | {"chat": 12}
-    assert set(scores["vqa"]) == {"accuracy (vqav2)", "exact", "colour", "count"}
+    assert set(scores["vqa"]) == {"accuracy (vqav2)", "exact", "type colour", "type count"}
 
 
 def test_answers_are_those_of_sample_py(world, whole):
@@ -259,3 +259,8 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(world, tmp_path, capsys, 
     code = sample.run(lambda: evaluate.main(argv))
     err = capsys.readouterr().err
     assert code == 2 and names in err and err.count("\n") == 1 and "Traceback" not in err, err
+
+
+def test_a_type_of_question_that_is_called_like_a_metric_does_not_hide_it():
+    found = evaluate.table({"chat": [("right", .5, 4), ("  right", 1., 2)]})["chat"]
+    assert found == {"right": {"score": .5, "count": 4}, "type right": {"score": 1., "count": 2}}
