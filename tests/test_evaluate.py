@@ -215,7 +215,7 @@ def test_pope_and_mme_files_are_read_asked_and_scored(world, tmp_path, capsys):
                 f"Is this red {subtask}? Please answer yes or no.\tYes\nIs it blue? Please answer yes or no.\tNo\n")
     evaluate.main([*common, "--mme", str(tmp_path / "mme"), "--out", str(tmp_path / "m")])
     scores = json.loads(capsys.readouterr().out)["mme"]
-    assert scores["perception"]["count"] == 8 and scores["color"]["count"] == scores["posters"]["count"] == 4
+    assert scores["perception"]["count"] == 8 and scores["type color"]["count"] == scores["type posters"]["count"] == 4
 
 
 def test_the_contact_sheet_shows_wrong_and_right_with_both_boxes(world, tmp_path, monkeypatch):

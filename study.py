@@ -1,0 +1,150 @@
+"""Every result about learning that the README tells, anew: runs of train.py and evaluate.py, side by side.
+
+    python study.py seeds        # the three stages with three seeds: what each stage teaches
+    python study.py adapters     # pool against resampler, no pooling and other grids, and without stage 1: same budget
+    python study.py seeds --runs 1 --jobs 1
+
+Runs of one thread each, --jobs at a time, go to out/study; what is finished there is not run again. Each study ends
+with its table in Markdown, mean over the seeds (lowest to highest), and a JSON line.
+"""
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+OUT = Path("out/study")
+ROWS = {     # of the tables: (data, source, metric as evaluate.py names it)
+    "captions, any order": ("heldout", "captions", "exact, any order"),
+    "VQA": ("heldout", "vqa", "accuracy (vqav2)"),
+    "VQA, lowest type": ("heldout", "vqa", None),
+    "boxes, Acc@0.5": ("heldout", "refs", "Acc@0.5"),
+    "chat turns": ("heldout", "chat", "right"),
+    "chat, lowest type": ("heldout", "chat", None),
+}
+UNSEEN = {name: ("compositional", *row[1:]) for name, row in ROWS.items() if row[2]}
+ARMS = {     # of the study of adapters: flags of both stages
+    "pool 4x4": [], "resampler, 16 queries": ["--adapter", "resampler"], "pool 2x2": ["--grid", "2"],
+    "pool 8x8": ["--grid", "8"], "mlp, 64 tokens": ["--adapter", "mlp"], "pool 4x4, no stage 1": [],
+}
+FIRST, SECOND, EVERY = 150, 300, 100       # steps of stage 1 and 2 of that study, and between two looks at its boxes
+
+
+def run(program, *flags):
+    """One command on one thread, its output in out/study/log.txt."""
+    command = [sys.executable, f"{program}.py", *map(str, flags)]
+    with open(OUT / "log.txt", "a") as log:
+        code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
+    if code: sys.exit(f"{' '.join(command)} ended with {code}; see {OUT / 'log.txt'}")
+
+
+def train(stage, out, seed, *flags):
+    run("train", "--stage", stage, "--seed", seed, "--out", out, "--resume", "--score-rows", 0, *flags)
+
+
+def examine(ckpt, out, data="heldout", limit=500, *flags):
+    """evaluate.py's scores of a checkpoint as {source: {metric: ...}}."""
+    if not (out / "scores.json").is_file():
+        run("evaluate", "--ckpt", ckpt, "--data", f"out/toy/{data}.toml", "--out", out, "--limit", limit,
+            "--beams", 1, "--min-new-tokens", 0, "--batch", 50, *flags)
+    return json.loads((out / "scores.json").read_text())
+
+
+def value(scores, source, metric):
+    if metric: return scores[source][metric]["score"]
+    return min(s["score"] for name, s in scores[source].items() if name.startswith("type "))
+
+
+def show(values):
+    mean = sum(values) / len(values)
+    return f"{mean:.3f}" + (f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else "")
+
+
+def table(head, rows):
+    print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
+    for row in rows: print("| " + " | ".join(row) + " |")
+
+
+def one_seed(seed):
+    """The three stages as train.py has them. -> {(stage, data): scores}; stage 0 is what stage 1 starts from."""
+    home, found = OUT / f"seed{seed}", {}
+    for stage in (0, 1, 2, 3):
+        out = home / f"stage{stage}"
+        if stage: train(stage, out, seed)
+        for data in ("heldout", "compositional"):
+            found[stage, data] = examine(out if stage else "assets/toy", home / f"{data}{stage}", data)
+    return found
+
+
+def seeds(pool, runs):
+    found = list(pool.map(one_seed, range(runs)))
+    table(["held out, generated", "before", "after stage 1", "stage 2", "stage 3"], [
+        [name + ", unseen pairs" * unseen] + [show([value(f[stage, data], *row) for f in found]) for stage in range(4)]
+        for unseen, rows in enumerate((ROWS, UNSEEN)) for name, (data, *row) in rows.items()])
+    return {f"{name}, {data}": [[value(f[stage, data], *row) for f in found] for stage in range(4)]
+            for rows in (ROWS, UNSEEN) for name, (data, *row) in rows.items()}
+
+
+def one_arm(job):
+    """A short stage 1 and 2. -> (scores after stage 2, Acc@0.5 on the way there)"""
+    name, seed = job
+    home, flags = OUT / f"{name.replace(' ', '-').replace(',', '')}-{seed}", ARMS[name]
+    start = [*flags, "--init", "assets/toy"]
+    if "no stage 1" not in name:
+        train(1, home / "stage1", seed, *start, "--steps", FIRST, "--eval-every", 0)
+        start = []
+    train(2, home / "stage2", seed, *start, "--steps", SECOND, "--save-every", EVERY, "--keep", 99, "--eval-every", 0)
+    way = [examine(home / f"stage2/step-{step:08d}", home / f"boxes{step}", "heldout", 250, "--task", "ground")
+           for step in range(EVERY, SECOND, EVERY)]
+    last = examine(home / "stage2", home / "last", "heldout", 250)
+    return last, [value(scores, "refs", "Acc@0.5") for scores in (*way, last)]
+
+
+def adapters(pool, runs):
+    jobs = [(name, seed) for seed in range(runs) for name in ARMS]
+    found = dict(zip(jobs, pool.map(one_arm, jobs)))
+    names, steps = list(ROWS)[:4], range(EVERY, SECOND + 1, EVERY)
+    of = lambda arm: [found[arm, seed] for seed in range(runs)]
+    table(["adapter", *(f"Acc@0.5, step {step}" for step in steps), *(n for n in names if "Acc" not in n)], [
+        [arm, *(show([way[i] for _, way in of(arm)]) for i in range(len(steps))),
+         *(show([value(last, *ROWS[n][1:]) for last, _ in of(arm)]) for n in names if "Acc" not in n)] for arm in ARMS])
+    curves = {arm: [way for _, way in of(arm)] for arm in ARMS}
+    plot(curves, steps)
+    return {arm: {"Acc@0.5": ways, **{n: [value(last, *ROWS[n][1:]) for last, _ in of(arm)] for n in names}}
+            for arm, ways in curves.items()}
+
+
+def plot(curves, steps):
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(7, 3.6))
+    axes = figure.subplots()
+    for arm, ways in curves.items():
+        columns = list(zip(*ways))
+        axes.plot([0, *steps], [0, *(sum(c) / len(c) for c in columns)], "o-", label=arm, linewidth=1.5, markersize=3)
+        axes.fill_between(steps, [min(c) for c in columns], [max(c) for c in columns], alpha=.15)
+    axes.set(xlabel="step of stage 2", ylabel="held-out boxes, Acc@0.5", ylim=(0, 1))
+    axes.legend(fontsize=8)
+    figure.savefig(OUT / "adapters.png", dpi=110, bbox_inches="tight")
+    print(f"\ndrew {OUT / 'adapters.png'}: mean and range over the seeds")
+
+
+STUDIES = {"seeds": seeds, "adapters": adapters}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("study", choices=list(STUDIES), help="which results")
+    parser.add_argument("--runs", type=int, default=3, help="seeds 0 ... runs-1; default 3")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each; default 2")
+    args = parser.parse_args()
+    OUT.mkdir(parents=True, exist_ok=True)
+    import toy
+    toy.write("out/toy")                                           # before two runs would draw it at once
+    with ThreadPoolExecutor(args.jobs) as pool: found = STUDIES[args.study](pool, args.runs)
+    print(json.dumps({"study": args.study, **found}))
+
+
+if __name__ == "__main__":
+    main()
