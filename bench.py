@@ -3,7 +3,8 @@
     python bench.py pool         # the pooling kernel against eager, torch.compile and the device's copy bandwidth
     python bench.py decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
     python bench.py step         # what the training loop costs beside its work, on the toy
-    python bench.py data         # the loader against a bare Pillow loop; opening and reading a million records
+    python bench.py data         # opening and reading a million records; the loader against a bare Pillow loop
+    python bench.py loader       # that last part alone
 
 Each prints a table with the device it found and ends with one JSON line.
 """
@@ -288,12 +289,14 @@ def bench_loader(folder, count=256, repeat=5):
     return found
 
 
-def bench_data(args):
+def bench_data(args, parts=(bench_records, bench_loader)):
     """A million records, 200 tars, and the loader's own cost."""
+    found = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ["XDG_CACHE_HOME"] = folder + "/cache"    # so that the first open is a first one
-        (Path(folder) / "many").mkdir()
-        found = bench_records(Path(folder) / "many") | bench_loader(Path(folder))
+        for part in parts:
+            (Path(folder) / part.__name__).mkdir()
+            found |= part(Path(folder) / part.__name__)
     for name, value in found.items(): print(f"{name:45}{value:14.4g}")
     return found
 
@@ -335,7 +338,8 @@ def bench_step(args, steps=40):
     return {"rows": rows}
 
 
-BENCHES = {"pool": bench_pool, "step": bench_step, "data": bench_data, "decode": bench_decode,
+BENCHES = {"pool": bench_pool, "step": bench_step, "data": bench_data,
+           "loader": partial(bench_data, parts=(bench_loader,)), "decode": bench_decode,
            "decode-small": partial(bench_decode, size="small", new=8, repeat=2)}
 
 
