@@ -14,7 +14,12 @@ import math
 import os
 import re
 import shutil
+import signal
+import sys
+import threading
+import time
 import zlib
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
 
@@ -370,8 +375,8 @@ def export_llama(model, path):
         if ours is None: continue
         numbers = range(c.layers) if "{}" in ours else [0]
         names |= {ours.replace("{}", str(i)): theirs.replace("{}", str(i)) for i in numbers}
-    state = {names[name]: p.detach().cpu().contiguous() for name, p in model.named_parameters()}
-    save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+    state = {names[name]: p for name, p in model.named_parameters()}
+    save_tensors(state, path / "model.safetensors")
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab, hidden_size=c.width,
                   num_hidden_layers=c.layers, num_attention_heads=c.heads, num_key_value_heads=c.kv_heads,
@@ -415,7 +420,10 @@ def save(path, model, tokenizer=None, training=None, optimizer=None, state=None)
 
 
 def save_tensors(tensors, path):
+    path.touch()
+    rights = path.stat().st_mode       # those of any new file here; the library's own file would be ours alone
     save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path, metadata={"format": "pt"})
+    path.chmod(rights)
 
 
 def mend(path):
@@ -449,12 +457,13 @@ def find(path):
     raise BadInput(f"{path}: no checkpoint here (no config.json, no step-*); python train.py --stage 1 makes one")
 
 
-def verify(path):
-    """Sizes and checksums of every file as they were when it was written."""
+def verify(path, *names):
+    """Sizes and checksums as they were when it was written: of every file, or of those named."""
     sums = read_json(path / "checksums.json")
-    for name in ("config.json", "model.safetensors"):
+    for name in names or ("config.json", "model.safetensors"):
         if name not in sums: raise BadInput(f"{path / 'checksums.json'}: does not list {name}; take another checkpoint")
     for name, entry in sums.items():
+        if names and name not in names: continue
         file = path / name
         if Path(name).name != name or not file.is_file() or [file.stat().st_size, checksum(file)] != entry:
             raise BadInput(f"{file}: is not what was written (its size or checksum differs); take another checkpoint")
@@ -477,6 +486,12 @@ def load(path, image_size=None, dtype=None):
     return model.resize(image_size) if image_size else model
 
 
+def read_checked(path, name):
+    """A JSON file of one of our directories, which is not looked into before its checksum is right."""
+    verify(path, name)
+    return read_json(path / name)
+
+
 def load_tensors(path):
     file = Safetensors(path)
     return {key: file.read(key) for key in file.shapes}
@@ -484,6 +499,9 @@ def load_tensors(path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Processes
+
+PATIENCE = 5       # seconds that the ranks have to sign in after one of them has gone
+
 
 def setup_ranks(device=None, timeout=600):
     """(rank, world, device): joins the process group that torchrun describes, or stands alone."""
@@ -495,3 +513,61 @@ def setup_ranks(device=None, timeout=600):
     torch.distributed.init_process_group("nccl" if device.startswith("cuda") else "gloo",
                                          timeout=timedelta(seconds=timeout))
     return torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device(device)
+
+
+@contextmanager
+def on_signals(do, numbers=(signal.SIGTERM, signal.SIGINT)):
+    """These signals call `do`, in this process alone: a loader process, forked, leaves when we do."""
+    pid = os.getpid()
+    def act(number, frame): return do(number) if os.getpid() == pid else None
+    before = {number: signal.signal(number, act) for number in numbers}
+    try: yield
+    finally:
+        for number, handler in before.items(): signal.signal(number, handler)
+
+
+def silent_ranks():
+    """Which ranks have gone: those that do not sign in at the store where all of them met. Where no torchrun keeps it,
+    rank 0 does, so that its own silence is the store's."""
+    rank, world, silent = torch.distributed.get_rank(), torch.distributed.get_world_size(), [0]
+
+    def look():
+        with suppress(RuntimeError):
+            store = torch.distributed.distributed_c10d._get_default_store()
+            store.set(f"here/{rank}", "")
+            time.sleep(PATIENCE)
+            silent[:] = [r for r in range(world) if not store.check([f"here/{r}"])]
+    thread = threading.Thread(target=look, daemon=True)            # a store that was stopped would never answer
+    thread.start()
+    thread.join(2 * PATIENCE)
+    return silent
+
+
+def sentence(e):
+    """What to say of an error that is not the program's own: bad input, a disk that refuses, a process that has gone.
+    None: it is a bug, and its traceback is wanted."""
+    text = " ".join(str(e).split())
+    if isinstance(e, BadInput): return text
+    if isinstance(e, OSError):
+        return (f"{e.filename or 'input or output'}: {e.strerror or text}; mend that and start again, with --resume "
+                "where a run had begun")
+    if found := re.search(r"DataLoader worker \(pid.*", text):
+        return (f"a loader process has gone ({found[0][:120]}), most likely killed for its memory; --resume goes on, "
+                "and fewer --workers take less")
+    if not isinstance(e, torch.distributed.DistError) and "gloo" not in text: return None
+    why = re.sub(r"^\[\S+\] |\. This is typically.*", "", text)[:120]
+    if not torch.distributed.is_initialized(): return f"the ranks did not find one another ({why}); start all of them"
+    gone = ", ".join(map(str, silent_ranks())) or "one that is back by now"
+    return (f"no answer from rank {gone} ({why}): killed, stopped, or ended with a sentence of its own; "
+            "start all ranks again, a training with --resume")
+
+
+def complain(e, who=""):
+    """Say an error in a sentence and return the exit code 2; a bug is raised again."""
+    if (said := sentence(e)) is None: raise e
+    if who: who += f", rank {os.environ['RANK']}: " if "RANK" in os.environ else ": "
+    with suppress(OSError):                                        # where the output itself has gone
+        print(who + said, file=sys.stderr, flush=True)
+    if not torch.distributed.is_initialized(): return 2
+    with suppress(OSError): sys.stdout.flush()
+    os._exit(2)                                                    # the other ranks may be gone: wait for nobody

@@ -4,6 +4,7 @@ Names of dimensions as in model.py; `run` is a train.Run and `s` its settings (t
 """
 import json
 import math
+import re
 import shutil
 import time
 from dataclasses import replace
@@ -234,10 +235,8 @@ class Log:
         self.bar = tqdm(total=steps, initial=step, unit="step", disable=True if self.quiet else None)
         if self.quiet: return
         # a run that was killed may have logged steps that its checkpoint does not know: they come again
-        lines = self.file.read_text().splitlines() if self.file.exists() else []
-        part = self.file.with_suffix(".new")
-        part.write_text("".join(line + "\n" for line in lines if logged_step(line) <= step))
-        part.replace(self.file)
+        keep(self.file, lambda line: logged_step(line) <= step)
+        keep(out / "unreadable.txt", lambda line: int((re.match(r"step (\d+):", line) or (0, step))[1]) < step)
         if tensorboard:
             try: from torch.utils.tensorboard import SummaryWriter
             except ImportError: raise BadInput("--tensorboard: it is not installed; pip install tensorboard") from None
@@ -274,6 +273,14 @@ class Log:
         self.bar.set_postfix(shown)
         if self.bar.disable: self.say(f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items()))
         self.step, self.since, self.flops, self.seconds = step, now, 0, dict.fromkeys(self.seconds, 0.0)
+
+
+def keep(file, wanted):
+    """The lines of a file that are wanted; half a line at its end is not."""
+    if not file.exists(): return
+    part = file.with_suffix(".new")
+    part.write_text("".join(line for line in file.read_text().splitlines(True) if line.endswith("\n") and wanted(line)))
+    part.replace(file)
 
 
 def logged_step(line):

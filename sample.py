@@ -14,9 +14,12 @@ import argparse
 import json
 import os
 import re
+import signal
 import sys
 import textwrap
 from pathlib import Path
+
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C: at once, but in a chat's answer
 
 import numpy as np
 import torch
@@ -419,25 +422,33 @@ def answer_all(model, tokenizer, args):
 
 
 def reply(talk, line, chosen):
-    """Stream one answer; Ctrl-C ends it and not the talk."""
-    said = ""
-    try:
+    """Stream one answer; Ctrl-C ends it and not the talk. No exception, as libraries in C lose some of them."""
+    said, enough = "", []
+    with checkpoint.on_signals(enough.append, [signal.SIGINT]):
         for piece in talk.ask(line, **chosen):
             said += piece
             print(piece, end="", flush=True)
-    except KeyboardInterrupt: print(" ...", end="")
+            if enough: print(" ...", end=""); break
     print(flush=True)
     return said
+
+
+def ask(mark):
+    """The next line; Ctrl-C and Ctrl-D raise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try: return input(mark).strip()
+    finally: signal.signal(signal.SIGINT, before)
 
 
 def chat(model, tokenizer, args):
     """Questions from the terminal, or from a pipe, until there are no more."""
     image = open_image(args.image) if args.image else None
+    if sys.stdin is None: raise BadInput("a chat reads its questions from the input, and that is closed; add --prompt")
     talk, save, terminal = Chat(model, tokenizer, image), args.save, sys.stdin.isatty()
     chosen = {k: v for k, v in settings(args).items() if k not in ("beams", "min_new_tokens", "length_penalty")}
     if terminal: print("/image FILE   /reset   /box on|off   Ctrl-C stops an answer, Ctrl-D ends")
     while True:
-        try: line = input("> " if terminal else "").strip()
+        try: line = ask("> " if terminal else "")
         except (EOFError, KeyboardInterrupt): return print()
         except UnicodeDecodeError: print("that was not UTF-8"); continue
         command, _, rest = line.partition(" ")
@@ -511,12 +522,21 @@ def main(argv=None):
 
 def run(main):
     """main() as a command: what a user brought wrong is one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):                    # there are answers that a terminal has no letters for
+        if hasattr(stream, "reconfigure"): stream.reconfigure(errors="backslashreplace")
     try: main()
-    except BadInput as e: print(e, file=sys.stderr); return 2
     except KeyboardInterrupt: return 130
-    except BrokenPipeError:                                    # the reader has gone; say nothing when flushing, too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError: mute()                             # the reader has gone
+    except (BadInput, OSError, RuntimeError) as e:
+        code = checkpoint.complain(e)
+        if not isinstance(e, BadInput): mute()
+        return code
     return 0
+
+
+def mute():
+    """What is still to be flushed goes nowhere, and nothing is said of it."""
+    if sys.stdout: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__": sys.exit(run(main))

@@ -16,6 +16,7 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import sys
 import tarfile
 import time
@@ -300,6 +301,12 @@ SOURCES = {    # things at the edge must not be lost, so nothing is cropped
 }
 
 
+def helper():
+    """A pool's process: Ctrl-C is its parent's to hear, and SIGTERM ends it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
 def write_split(folder, parts):
     whole = {name: [row for part in parts for row in part[name]] for name in parts[0]}
     head = {"info": {"description": "toy world"}, "data_type": "toy", "data_subtype": folder.name}
@@ -323,7 +330,8 @@ def write(out, seed=0, scenes=10_000, workers=2):
         for folder in ("images", "shards"): (part / split / folder).mkdir(parents=True)
     jobs = [(part / split, seed, split, first, min(first + SHARD, sizes[split]))
             for split in SPLITS for first in range(0, sizes[split], SHARD)]
-    with multiprocessing.get_context("fork").Pool(workers) as pool: parts = pool.map(write_shard, jobs, chunksize=1)
+    with multiprocessing.get_context("fork").Pool(workers, helper) as pool:
+        parts = pool.map(write_shard, jobs, chunksize=1)
     for split in SPLITS: write_split(part / split, [p for p, job in zip(parts, jobs) if job[2] == split])
     for name, (split, weights) in MIXTURES.items():
         chosen = weights or dict.fromkeys([s for s in SOURCES if s != "shards"])

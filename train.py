@@ -16,15 +16,19 @@ import copy
 import gc
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
 import zlib
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
+from datetime import timedelta
 from pathlib import Path
+
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)              # no traceback out of an import
 
 import torch
 import torch.distributed as dist
@@ -153,6 +157,8 @@ def flags():
     add("--save-minutes", type=between(float, 0), default=30, help="a checkpoint also after so many minutes; 0: never")
     add("--keep", type=between(int, 1), default=2, help="so many of the newest checkpoints stay")
     add("--max-bad", type=between(float, 0, 1), default=0.01, help="share of unreadable samples that is put up with")
+    add("--timeout", type=between(float, 1), default=1800, help="seconds that ranks wait for one another, the longest "
+        "while rank 0 saves; after that the job ends")
     add("--tensorboard", action="store_true", help="write the records of log.jsonl for tensorboard too")
     add("--plan", action="store_true", help="print what would happen and what it would take; train nothing")
     add("--gpus", type=gpus, help="for --plan: how many GPUs of how many GiB, such as 8x80")
@@ -506,6 +512,10 @@ def save(run):
         for key, moment in run.optimizer.state.get(p, {}).items(): optimizer[f"{name}.{key}"] = whole(moment)
         if run.rank: tensors, optimizer = {}, {}                   # it has helped to gather, and keeps none of it
     if run.rank: return path
+    for name, t in tensors.items():
+        if not t.isfinite().all():
+            raise BadInput(f"step {run.step}: {name} is no longer finite and is not saved; {whole_one(run.out)}; "
+                           "lower --lr")
     tensors |= run.originals
     meters = {k: v.item() for k, v in run.meters.items() if k not in ("norm", "worst")}
     state = {"step": run.step, "settings": run.s, "meters": meters, "counts": run.data.counts, "bad": run.bad}
@@ -516,10 +526,14 @@ def save(run):
         prune(run.out, run.args.keep)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(path.with_name(path.name + ".new"), ignore_errors=True)
-        whole_ones = sorted(p.name for p in run.out.glob("step-*") if p.name[5:].isdigit())
-        left = f"the last whole one is {run.out / whole_ones[-1]}" if whole_ones else "there is none before it"
-        raise BadInput(f"{path}: the checkpoint cannot be written ({e}); {left}; make room and --resume") from None
+        raise BadInput(f"{path}: the checkpoint cannot be written ({e}); {whole_one(run.out)}; "
+                       "make room and --resume") from None
     return path
+
+
+def whole_one(out):
+    steps = sorted(p.name for p in out.glob("step-*") if p.name[5:].isdigit())
+    return f"the last whole one is {out / steps[-1]}" if steps else "there is none before it"
 
 
 def prune(out, keep):
@@ -552,19 +566,6 @@ def like(p, full):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop, and what a person sees of it
-
-@contextmanager
-def leaving():
-    """A list that is no longer empty when SIGTERM or SIGINT wants us to leave."""
-    asked, pid = [], os.getpid()
-
-    def ask(number, frame):
-        if os.getpid() == pid: asked.append(number)                # a loader process, forked, leaves when we do
-    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
-    try: yield asked
-    finally:
-        for number, handler in before.items(): signal.signal(number, handler)
-
 
 def train(run, asked):
     """Updates until --steps, or until one of the ranks is asked to leave. -> whether all were done"""
@@ -609,7 +610,7 @@ def train(run, asked):
 def check(run, batches, supervised, bad):
     """Name what could not be read, and stop where there is too much of it or nothing to learn."""
     s, seen, run.bad = run.s, run.s["batch"] * (run.step + 1), bad
-    news = [sentence for batch in batches for sentence in batch.bad]
+    news = [" ".join(sentence.split()) for batch in batches for sentence in batch.bad]
     if news:
         with open(run.out / "unreadable.txt", "a") as f: f.writelines(f"step {run.step}: {text}\n" for text in news)
     if bad > run.args.max_bad * max(seen, 1000):                   # no verdict from the first few samples
@@ -669,9 +670,9 @@ def prepare(args, stage, ranks):
         if args.resume and ranks.rank == 0: print(f"{out}: no checkpoint yet, so the run starts from the beginning")
     if path and not args.resume:
         raise BadInput(f"{out}: holds a run ({path.name}); --resume goes on with it, --out names another folder")
-    if path: state = checkpoint.read_json(path / "state.json")
+    if path: state = checkpoint.read_checked(path, "state.json")
     start, why = (path, "resumed; --init, --vit and --llm are for new runs") if path else start_from(args, stage)
-    before = checkpoint.read_json(start / "config.json")["training"] if start else {}
+    before = checkpoint.read_checked(start, "config.json")["training"] if start else {}
     s = settle(args, stage, ranks.world, state.get("settings"), before.get("preset"))
     s["dtype"] = s["dtype"] or ("bf16" if ranks.device.type == "cuda" else "fp32")
     if state and state["step"] >= s["steps"]:
@@ -709,7 +710,7 @@ def plan(args):
     for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
         try: start = start_from(args, stage)[0]
         except BadInput: start = None                              # not there yet: the preset says what it would be
-        described_by = checkpoint.read_json(start / "config.json") if start else {}
+        described_by = checkpoint.read_checked(start, "config.json") if start else {}
         s = settle(args, stage, world, preset=described_by.get("training", {}).get("preset"))
         if s["dtype"] in (None, "auto"): s["dtype"] = "bf16" if cuda else "fp32"
         like = models.Config(**described_by["model"]) if described_by else models.PRESETS[s["preset"]]()
@@ -727,40 +728,47 @@ def plan(args):
         else: print(f"samples: not counted ({s['data']} is not there)" if s["data"] else "samples: no --data to count")
         flops = s["batch"] * sum(models.flops(c, s["text"], s["answer"], stage).values())
         print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; " + measured_time(out_folder(args, stage), s["steps"]))
-    return 0
+
+
+def command(argv):
+    args = flags().parse_args(argv)
+    if args.plot: return plot(args.plot)
+    if not args.stage: raise BadInput("--stage: name 1, 2, 3 or all")
+    contradictions(args)
+    if args.plan: return plan(args)
+    rank, world, device = checkpoint.setup_ranks(args.device, args.timeout)
+    many = world > 1 and device.type == "cuda"
+    host = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout)) if many else None
+    if args.workers is None: args.workers = 8 if device.type == "cuda" else 1
+    for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
+        run = prepare(args, stage, Ranks(rank, world, device, host))
+        args.init = args.vit = args.llm = None                     # with --stage all: where the first one starts
+        if run is None: continue
+        asked = []                                                 # signals that want us to save and leave
+        with checkpoint.on_signals(asked.append): done = train(run, asked)
+        if rank == 0: farewell(run, done)
+        exam = run.out, run.held_out and run.held_out.sources[0].toml, args.score_rows
+        run = None                                                 # makes room for the model that is examined
+        if done and world == 1 and all(exam) and args.eval_every != 0: final_scores(*exam)
+        if not done: break
+    if world > 1:
+        gc.collect()       # DDP goes first: were it the last to hold the group, freeing it could wait for gloo for ever
+        dist.destroy_process_group()
+
+
+def at_once(number):
+    """A signal while no step is under way: nothing is to be saved. No exception, as C libraries lose some of them."""
+    for child in multiprocessing.active_children(): child.kill()
+    os.write(2, b"train.py: stopped while no step was under way; --resume goes on\n")
+    with suppress(RuntimeError): sys.stdout.flush()                # the signal may have come in the midst of a print
+    os._exit(130)
 
 
 def main(argv=None):
-    args = flags().parse_args(argv)
     try:
-        if args.plot: plot(args.plot); return 0
-        if not args.stage: raise BadInput("--stage: name 1, 2, 3 or all")
-        contradictions(args)
-        if args.plan: return plan(args)
-        rank, world, device = checkpoint.setup_ranks(args.device)
-        host = dist.new_group(backend="gloo") if world > 1 and device.type == "cuda" else None
-        if args.workers is None: args.workers = 8 if device.type == "cuda" else 1
-        for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
-            run = prepare(args, stage, Ranks(rank, world, device, host))
-            args.init = args.vit = args.llm = None                 # with --stage all: where the first one starts
-            if run is None: continue
-            with leaving() as asked: done = train(run, asked)
-            if rank == 0: farewell(run, done)
-            exam = run.out, run.held_out and run.held_out.sources[0].toml, args.score_rows
-            run = None                                             # makes room for the model that is examined
-            if done and world == 1 and all(exam) and args.eval_every != 0: final_scores(*exam)
-            if not done: break
-        if world > 1:
-            # DDP goes first: were it the last to hold the group, freeing it could wait for ever for a thread of gloo's
-            run = None
-            gc.collect()
-            dist.destroy_process_group()
-    except BadInput as e:
-        print(f"train.py: {e}" if "RANK" not in os.environ else f"train.py, rank {os.environ['RANK']}: {e}",
-              file=sys.stderr, flush=True)
+        with checkpoint.on_signals(at_once): command(argv)
         sys.stdout.flush()
-        if dist.is_initialized(): os._exit(2)                      # the other ranks may be gone: wait for nobody
-        return 2
+    except (BadInput, OSError, RuntimeError) as e: return checkpoint.complain(e, "train.py")
     return 0
 
 
@@ -777,5 +785,4 @@ def farewell(run, done):
         print(f"next: python train.py --stage {stage + 1}{named}" + " --data MIXTURE.toml" * bool(run.args.data))
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+if __name__ == "__main__": sys.exit(main())

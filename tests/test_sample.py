@@ -2,6 +2,7 @@
 import io
 import json
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -152,12 +153,12 @@ def test_the_chat_of_the_command_line_takes_its_commands(made, capsys, monkeypat
 def test_ctrl_c_ends_the_answer_and_not_the_talk(made, capsys, monkeypatch):
     def interrupted(self, line, **_):
         yield "half an "
-        if line == "one": raise KeyboardInterrupt
+        if line == "one": os.kill(os.getpid(), signal.SIGINT); yield "word"
         yield "answer"
     monkeypatch.setattr(sample.Chat, "ask", interrupted)
     monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
     code, out, err = command(capsys, "--ckpt", made / "ck", "--device", "cpu")
-    assert (code, out, err) == (0, "half an  ...\nhalf an answer\n\n", "")
+    assert (code, out, err) == (0, "half an word ...\nhalf an answer\n\n", "")
 
 
 def test_a_closed_pipe_and_no_terminal_end_in_peace(made):

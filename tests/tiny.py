@@ -84,13 +84,16 @@ def child(folder, argv, env, record, slow):
         time.sleep(slow)
     if record: train.gradients = recording(train, record)
     if slow: train.update = slowed
+    checkpoint.PATIENCE = 1                                              # the ranks of a test stand side by side
+    Path("begun").write_text(str(os.getpid()))
     code = train.main([str(a) for a in argv])
     sys.stdout.flush()
     os._exit(code)
 
 
-def start(folder, *argv, world=1, record=None, slow=0.0, differ=None):
-    """-> processes that run train.py, `world` of them as ranks of one run; differ: {rank: flags of its own}."""
+def start(folder, *argv, world=1, record=None, slow=0.0, differ=None, places=None):
+    """-> processes that run train.py, `world` of them as ranks of one run; differ: {rank: flags of its own};
+    places: {rank: a current folder of its own}."""
     os.environ["PYTHONPATH"] = str(ROOT)                                 # the server that forks them imports all once
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
@@ -99,8 +102,9 @@ def start(folder, *argv, world=1, record=None, slow=0.0, differ=None):
         port = str(s.getsockname()[1])
     envs = [{}] if world == 1 else [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world),
                                      "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in range(world)]
-    processes = [context.Process(target=child, args=(folder, (*argv, *(differ or {}).get(r, ())), env, record, slow))
-                 for r, env in enumerate(envs)]
+    processes = [context.Process(target=child, args=(
+        (places or {}).get(r, folder), (*argv, *(differ or {}).get(r, ())), env, record, slow))
+        for r, env in enumerate(envs)]
     for p in processes: p.start()
     return processes
 
