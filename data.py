@@ -371,9 +371,10 @@ class Data:
             key = mix(mix(np.array([self.seed + 1], np.uint64)) + np.uint64(s << 40) + epoch.astype(np.uint64))
             number[mine] = shuffled(place, len(lengths), key)
             length[mine] = lengths[number[mine]]
-        rows = np.stack((source, number), 1)[np.argsort(length // (self.bucket // 2 or 1), kind="stable")]
-        order = np.random.default_rng((self.seed, 2, first)).permutation(self.window)
-        return rows.reshape(self.window, self.batch, 2)[order]
+        cut = np.argsort(length // (BUCKET // 2), kind="stable").reshape(self.window, self.batch)
+        fine = np.argsort(length[cut], axis=1, kind="stable")          # within a batch exactly: for its micro-batches
+        rows = np.stack((source, number), 1)[np.take_along_axis(cut, fine, axis=1)]
+        return rows[np.random.default_rng((self.seed, 2, first)).permutation(self.window)]
 
     def text(self, source, number, step):
         """tokens, targets and (peeked picture, region) of a sample; no picture is decoded yet."""
