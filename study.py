@@ -29,7 +29,7 @@ ARMS = {     # of the study of adapters: flags of both stages
     "pool 4x4": [], "resampler, 16 queries": ["--adapter", "resampler"], "pool 2x2": ["--grid", "2"],
     "pool 8x8": ["--grid", "8"], "mlp, 64 tokens": ["--adapter", "mlp"], "pool 4x4, no stage 1": [],
 }
-FIRST, SECOND, EVERY = 150, 300, 100       # steps of stage 1 and 2 of that study, and between two looks at its boxes
+FIRST, SECOND, EVERY, BATCH = 150, 300, 100, 32       # of that study: steps of stage 1 and 2, and from look to look
 
 
 def run(program, *flags):
@@ -91,14 +91,14 @@ def one_arm(job):
     """A short stage 1 and 2. -> (scores after stage 2, Acc@0.5 on the way there)"""
     name, seed = job
     home, flags = OUT / f"{name.replace(' ', '-').replace(',', '')}-{seed}", ARMS[name]
-    start = [*flags, "--init", "assets/toy"]
+    start, short = [*flags, "--init", "assets/toy"], ["--batch", BATCH, "--eval-every", 0]
     if "no stage 1" not in name:
-        train(1, home / "stage1", seed, *start, "--steps", FIRST, "--eval-every", 0)
+        train(1, home / "stage1", seed, *start, *short, "--steps", FIRST)
         start = []
-    train(2, home / "stage2", seed, *start, "--steps", SECOND, "--save-every", EVERY, "--keep", 99, "--eval-every", 0)
-    way = [examine(home / f"stage2/step-{step:08d}", home / f"boxes{step}", "heldout", 250, "--task", "ground")
+    train(2, home / "stage2", seed, *start, *short, "--steps", SECOND, "--save-every", EVERY, "--keep", 99)
+    way = [examine(home / f"stage2/step-{step:08d}", home / f"boxes{step}", "heldout", 200, "--task", "ground")
            for step in range(EVERY, SECOND, EVERY)]
-    last = examine(home / "stage2", home / "last", "heldout", 250)
+    last = examine(home / "stage2", home / "last", "heldout", 200)
     return last, [value(scores, "refs", "Acc@0.5") for scores in (*way, last)]
 
 
