@@ -2,7 +2,10 @@
 
     save(dir, model, tokenizer, ...)     config.json, model.safetensors, tokenizer.model, and what resuming needs
     load(dir) -> InfMLLM                 no flags: the architecture travels with the weights
-    load_llama, load_vit, load_llava, load_infmllm, export_llama
+    load_llama, load_vit, load_llava, load_infmllm, load_iaa, export_llama
+
+The checkpoint of a branch (IAA) holds the branch's tensors alone and names its base; load() brings both, and
+add_branch(model, dir) puts further branches beside it.
 
 A foreign file is read through a table: its names on the left, ours on the right. `{}` is a number, `*` any ending,
 None means dropped on purpose, a tuple takes a matrix apart by rows, and `name[1/3]` is the second of three row blocks
@@ -29,7 +32,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import BadInput
-from model import EVA_G, Config, InfMLLM, Llama, LlamaConfig, ViT, ViTConfig, resize_positions
+from model import BRANCHES, CLIP_L, EVA_G, Config, InfMLLM, Llama, LlamaConfig, ViT, ViTConfig, resize_positions
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Their names and ours
@@ -141,6 +144,31 @@ def infmllm(c):
     ends = [(f"ln_vision.{leaf}", f"adapter.norm.{leaf}") for leaf in ("weight", "bias")]
     ends += [(f"pooler.mlp.{2 * i - 2}.{leaf}", f"adapter.fc{i}.{leaf}") for i in (1, 2) for leaf in ("weight", "bias")]
     return prefixed(eva(c.vit), "visual_encoder.", "vit.") | prefixed(llama(c.llm), "lm_model.", "llm.") | dict(ends)
+
+
+IAA = {"mm": "", "grounding": "_grounding"}        # our branches, and how their names end in the released file ...
+IAA_INNER = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]         # ... whose layers run after these of 32
+LLAMA_3 = "the released IAA is prompted with LLaMA-3's tokenizer, which this program does not read"
+
+
+def iaa(c):
+    """The released IAA: LLaMA-3's names, LLaVA's for its tower, and two branches."""
+    table = prefixed(llama(c.llm), "", "llm.") | prefixed(clip(c.vit), "model.vision_tower.vision_tower.vision_model.",
+                                                          "vit.")
+    layer = {k.removeprefix("model.layers.{}."): v and v.removeprefix("layers.{}.") for k, v in LLAMA.items()
+             if k.startswith("model.layers.")}
+    for name, end in IAA.items():
+        ours = f"{BRANCHES}{name}."
+        table |= prefixed(layer, f"model.condition_layers{end}.{{}}.", ours + "layers.{}.")
+        table |= {f"model.embed_tokens_condition{end}.weight": ours + "embed.weight",
+                  f"model.norm_condition{end}.weight": ours + "norm.weight"}
+        for head in ("condtion", "condition"):                     # the first is how the released code spells it
+            table[f"lm_head_{head}{end}.weight"] = ours + "lm_head.weight"
+        # the text path has no projector: ours of the base is that of mm, one module under two names
+        ours, theirs = ("adapter.", "mm_projector") if name == "mm" else (ours + "adapter.", "mm_projector_G")
+        table |= {f"model.{theirs}.{2 * i - 2}.{leaf}": f"{ours}fc{i}.{leaf}"
+                  for i in (1, 2) for leaf in ("weight", "bias")}
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -366,6 +394,24 @@ def load_infmllm(path, config, dtype=torch.float32):
     return fill(on_meta(InfMLLM, config), weight_files(path), infmllm(config), path, dtype)
 
 
+def iaa_model(d, path):
+    """The released IAA without its weights; the places that it adds layers to are not in its config.json."""
+    llm = llama_config(d | {"model_type": "llama"}, path)
+    if llm.layers <= IAA_INNER[-1]:
+        raise BadInput(f"{path}: has {llm.layers} layers, and IAA's own follow {IAA_INNER}; take the released folder")
+    llm.branches = {name: list(IAA_INNER) for name in IAA}
+    model = on_meta(InfMLLM, Config(ViTConfig(**CLIP_L), llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>"))
+    model.adapter = model.llm.branches["mm"].adapter
+    return model
+
+
+def load_iaa(path, dtype=torch.float32):
+    """The released IAA folder: its base, and its branches mm and grounding, none of them active."""
+    model = iaa_model(read_json(Path(path) / "config.json"), path)
+    print(f"{path}: {LLAMA_3}", file=sys.stderr)
+    return fill(model, weight_files(path), iaa(model.config), path, dtype)
+
+
 def export_llama(model, path):
     """The language model as a Hugging Face folder that transformers opens."""
     c, path = model.config, Path(path)
@@ -375,7 +421,7 @@ def export_llama(model, path):
         if ours is None: continue
         numbers = range(c.layers) if "{}" in ours else [0]
         names |= {ours.replace("{}", str(i)): theirs.replace("{}", str(i)) for i in numbers}
-    state = {names[name]: p for name, p in model.named_parameters()}
+    state = {names[name]: p for name, p in model.named_parameters() if name in names}
     save_tensors(state, path / "model.safetensors")
     dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
     config = dict(architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=c.vocab, hidden_size=c.width,
@@ -392,11 +438,12 @@ def export_llama(model, path):
 FORMAT = 1
 
 
-def save(path, model, tokenizer=None, training=None, optimizer=None, state=None):
+def save(path, model, tokenizer=None, training=None, optimizer=None, state=None, base=None):
     """Write a checkpoint directory beside `path` and rename it into place: a reader sees the old one or the new one.
 
     model: an InfMLLM, or (Config, {name: tensor}) gathered by a sharded run. training: what config.json tells of how
     it was trained. optimizer: {name: tensor}; state: what JSON can hold; both only where the run is to be resumed.
+    base: the checkpoint that these tensors, a branch's, are added to.
     """
     path = Path(path)
     config, tensors = (model.config, dict(model.named_parameters())) if isinstance(model, nn.Module) else model
@@ -405,6 +452,7 @@ def save(path, model, tokenizer=None, training=None, optimizer=None, state=None)
     if new.exists(): shutil.rmtree(new)
     new.mkdir(parents=True)
     described = {"format": FORMAT, "model": config.to_dict(), "training": training or {}}
+    if base: described["base"] = {"path": os.path.relpath(base, path), "weights": fingerprint(base)}
     (new / "config.json").write_text(json.dumps(described, indent=2))
     save_tensors(tensors, new / "model.safetensors")
     if tokenizer is not None: (new / "tokenizer.model").write_bytes(tokenizer.bytes)
@@ -469,20 +517,34 @@ def verify(path, *names):
             raise BadInput(f"{file}: is not what was written (its size or checksum differs); take another checkpoint")
 
 
-def load(path, image_size=None, dtype=None):
-    """The model of a checkpoint directory, in the dtypes that were saved unless one is asked for."""
-    path = find(path)
+def fingerprint(path):
+    """Size and checksum of a checkpoint's weights, as they were written."""
+    return read_json(Path(path) / "checksums.json")["model.safetensors"]
+
+
+def description(path):
+    """(config.json, the Config in it) of a checkpoint directory whose files are whole."""
     verify(path)
     described = read_json(path / "config.json")
     if described.get("format") != FORMAT:
         raise BadInput(f"{path / 'config.json'}: format {described.get('format')!r}, and this program reads {FORMAT}; "
                        "use the version that wrote it")
-    try: config = Config(**described["model"])
+    try: return described, Config(**described["model"])
     except (KeyError, TypeError, AssertionError) as e:
         raise BadInput(f"{path / 'config.json'}: describes no model known here ({e}); take another") from None
-    model = on_meta(InfMLLM, config)
-    table = {name: name for name, _ in model.named_parameters()}
-    model = fill(model, weight_files(path / "model.safetensors"), table, path, dtype)
+
+
+def load(path, image_size=None, dtype=None):
+    """The model of a checkpoint directory, in the dtypes that were saved unless one is asked for. A branch comes on its
+    base, which lies where its checkpoint says, and is the one in use."""
+    path = find(path)
+    described, config = description(path)
+    if "base" in described: model = add_branch(load(base_of(path, described), dtype=dtype), path, dtype)
+    else:
+        model = on_meta(InfMLLM, config)
+        table = {name: name for name, _ in model.named_parameters()}
+        model = fill(model, weight_files(path / "model.safetensors"), table, path, dtype)
+        model.fingerprint = fingerprint(path)
     return model.resize(image_size) if image_size else model
 
 
@@ -490,6 +552,39 @@ def read_checked(path, name):
     """A JSON file of one of our directories, which is not looked into before its checksum is right."""
     verify(path, name)
     return read_json(path / name)
+
+
+def base_of(path, described):
+    """The directory of a branch's base."""
+    try: base = find(os.path.normpath(path / described["base"]["path"]))
+    except BadInput:
+        raise BadInput(f"{path}: is a branch of {described['base']['path']}, seen from there, where there is nothing; "
+                       "bring it back, or say where it is with --ckpt BASE --branch BRANCH") from None
+    if "base" in read_checked(base, "config.json"): raise BadInput(f"{path}: its base is a branch itself; take another")
+    return base
+
+
+def add_branch(model, path, dtype=None):
+    """Put the branch that is saved at `path` on its base and take it; a base may have several."""
+    path = find(path)
+    described, config = description(path)
+    if "base" not in described: raise BadInput(f"{path}: is a whole model and no branch; name it with --ckpt")
+    if described["base"]["weights"] != getattr(model, "fingerprint", None):
+        raise BadInput(f"{path}: is a branch of {described['base']['path']}, seen from there, and this model has other "
+                       "weights; take the base that it was trained on")
+    (name, inner), = config.llm.branches.items()
+    c, names = model.config, model.llm.branches
+    if name in names: raise BadInput(f"{path}: the model has a branch {name} already; use them in calls of their own")
+    if not names: c.grid = config.grid; model.resize(config.vit.image_size)
+    theirs, ours = ((x.vit.image_size, x.grid) for x in (config, c))
+    if theirs != ours:
+        raise BadInput(f"{path}: its pixels per side and visual tokens per side are {theirs}, those of the branch "
+                       f"{', '.join(names)} are {ours}; use them in calls of their own")
+    branch = on_meta(InfMLLM, config).llm.branches[name]
+    table = {f"{BRANCHES}{name}.{n}": n for n, _ in branch.named_parameters()}
+    c.llm.branches[name] = inner
+    names[name] = fill(branch, weight_files(path / "model.safetensors"), table, path, dtype)
+    return model.use(name)
 
 
 def load_tensors(path):

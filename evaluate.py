@@ -322,6 +322,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", help="our directory, a LLaVA-1.5 folder or the released InfMLLM file; default: the newest of out/")
+    add("--branch", help="which branch sees pictures: its folder, or the name of one that is there; none: the base")
     add("--tokenizer", help="sentencepiece model, where the checkpoint brings none")
     add("--data", help=f"mixture file, all of whose sources are evaluated; default {TOY}, drawn if it is not there")
     add("--pope", help="a POPE file instead, with its pictures in --images")
@@ -374,7 +375,7 @@ def examine(args):
     rank, world, device = checkpoint.setup_ranks(args.device, timeout=24 * 3600)      # ranks do not finish together
     ranks = SimpleNamespace(rank=rank, world=world)
     path = Path(args.ckpt) if args.ckpt else sample.newest()
-    model, tokenizer = sample.load_model(path, args.tokenizer, device, args.dtype)
+    model, tokenizer = sample.load_model(path, args.tokenizer, device, args.dtype, args.branch)
     if not (args.data or args.pope or args.mme):
         args.data = TOY
         if rank == 0 and not Path(TOY).exists():
@@ -384,10 +385,12 @@ def examine(args):
         wait(ranks)
     exams = open_exams(args, model, tokenizer)
     what = args.data or args.pope or args.mme
-    named = "-".join(part for part in (*path.parts[-2:], Path(what).stem) if part.strip("./"))
+    parts = (*path.parts[-2:], *Path(args.branch or "").parts[-2:], Path(what).stem)
+    named = "-".join(part for part in parts if part.strip("./"))
     folder = Path(args.out or f"out/evaluate/{named}")
-    weights = zlib.crc32(model.adapter.fc2.weight.detach().float().cpu().numpy().tobytes())
-    claim(folder, {"weights": weights, "data": str(what), "dtype": str(model.adapter.fc2.weight.dtype), "sources": {
+    adapter = model.front.fc2.weight.detach()
+    weights = zlib.crc32(adapter.float().cpu().numpy().tobytes())
+    claim(folder, {"weights": weights, "data": str(what), "dtype": str(adapter.dtype), "sources": {
         e.name: e.count for e in exams}, "batch": args.batch, "beams": args.beams,
         "length": [args.min_new_tokens, args.max_new_tokens], "task": args.task})
     decode(exams, model, tokenizer, args, ranks, folder)

@@ -7,8 +7,10 @@ Names of dimensions, used in every shape comment:
     B rows of text              T tokens in a row         V vocabulary                       M supervised positions
     D width of the LLM          Dv width of the ViT       H heads, K key-value heads, hd head width
 """
+import copy
 import math
-from dataclasses import asdict, dataclass, field
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
 
 import torch
 from torch import nn
@@ -58,10 +60,15 @@ class LlamaConfig:
     theta: float = 1e4
     rope: dict = field(default_factory=dict)   # {} or the scaling of a Hugging Face config: rope_type linear | llama3
     tied: bool = False            # the head is the embedding matrix
+    branches: dict = field(default_factory=dict)    # inner adaptors: {branch: the layers after which one of its runs}
 
     def __post_init__(self):
         assert self.width % self.heads == 0, f"LLM width {self.width} is not divisible by {self.heads} heads"
         assert self.heads % self.kv_heads == 0, f"{self.heads} heads do not share {self.kv_heads} key-value heads"
+        for name, inner in self.branches.items():
+            assert name.isidentifier(), f"a branch's name is a word such as mm, not {name!r}"
+            fits = inner and list(inner) == sorted(set(inner)) and inner[0] >= 0 and inner[-1] < self.layers
+            assert fits, f"branch {name}: {inner} are not layers from 0 to {self.layers - 1}, each once and in order"
 
 
 @dataclass
@@ -206,8 +213,9 @@ class RMSNorm(nn.Module):
 class Cache:
     """Keys and values of all layers in one allocation; `length` positions of every row are filled."""
 
-    def __init__(self, c: LlamaConfig, rows, length, device, dtype):
-        self.kv = torch.zeros(c.layers, 2, rows, c.kv_heads, length, c.width // c.heads, device=device, dtype=dtype)
+    def __init__(self, c: LlamaConfig, rows, length, device, dtype, inner=0):        # inner: layers of a branch
+        hd = c.width // c.heads
+        self.kv = torch.zeros(c.layers + inner, 2, rows, c.kv_heads, length, hd, device=device, dtype=dtype)
         self.length = 0
 
     def update(self, layer, k, v):
@@ -279,6 +287,21 @@ def frequencies(c: LlamaConfig, device):
     return f * keep + f / factor * (1 - keep)
 
 
+class Branch(nn.Module):
+    """What one workflow adds to a frozen LLM (IAA, arXiv 2408.12902): whole decoder layers, each running after a chosen
+    layer of the base and replacing the hidden state, between an embedding, a norm, a head and a visual adapter of the
+    branch's own. There is no gate: see InfMLLM.grow for how it begins."""
+
+    def __init__(self, c: LlamaConfig, inner, adapter=None):
+        super().__init__()
+        self.after = {layer: n for n, layer in enumerate(inner)}
+        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.width), freeze=False)
+        self.layers = nn.ModuleList(LlamaLayer(c) for _ in inner)
+        self.norm = RMSNorm(c.width, c.eps)
+        if not c.tied: self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
+        self.adapter = adapter
+
+
 class Llama(nn.Module):
     """Tokens (B,T) or embeddings (B,T,D) -> hidden (B,T,D) after the final norm; `head` makes logits of them.
 
@@ -287,29 +310,48 @@ class Llama(nn.Module):
     hidden (M,D) is made: the last layer's o and MLP, most of its work, are left out for all that nobody will read.
     With `tree`, (position, mask (B,1,T,S)), the tokens of a row are T ways to go on at that one position, each of which
     looks at the S positions of the cache, its own included, where the mask says: beams, which share their prompt.
+    `active` names the branch that runs; None is the base alone, untouched by whatever branches it has.
     """
 
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.config, self.recompute, self.rotary_base = c, False, None
+        self.config, self.recompute, self.rotary_base, self.active = c, False, None, None
         # empty: init() or a file fills it, and on the meta device its own normal_ would import torch's compiler, 1.5 s
         self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.width), freeze=False)
         self.layers = nn.ModuleList(LlamaLayer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.eps)
         if not c.tied: self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
+        self.branches = nn.ModuleDict({name: Branch(c, inner) for name, inner in c.branches.items()})
+
+    @property
+    def ends(self):
+        """Whose embedding, norm and head are in use: the active branch's, or the base's."""
+        return self.branches[self.active] if self.active else self
+
+    @property
+    def inner(self): return len(self.ends.layers) if self.active else 0
+
+    def stack(self):
+        """(layer, its place in the cache) in the order in which they run: h <- L_i(h), in a branch h <- A_i(L_i(h))."""
+        for i, layer in enumerate(self.layers):
+            yield layer, i
+            if self.active and i in self.ends.after:
+                n = self.ends.after[i]
+                yield self.ends.layers[n], len(self.layers) + n
 
     def forward(self, x, cache=None, pad=None, at=None, tree=None):
-        if not x.is_floating_point(): x = self.embed(x)
+        if not x.is_floating_point(): x = self.ends.embed(x)
         start, T = (cache.length if cache else 0), x.shape[1]
         if tree: rotary, mask = self.rotary(x[:, :1], tree[0], pad), tree[1]
         else: rotary, mask = self.rotary(x, start, pad), attention_mask(start, T, pad, x.device)
-        for i, layer in enumerate(self.layers):
-            args = x, rotary, mask, cache, i, (at if layer is self.layers[-1] else None)
+        layers = list(self.stack())
+        for layer, i in layers:
+            args = x, rotary, mask, cache, i, (at if layer is layers[-1][0] else None)
             x = checkpoint(layer, *args, use_reentrant=False) if self.recompute and x.requires_grad else layer(*args)
         if cache: cache.length += T
-        return self.norm(x)
+        return self.ends.norm(x)
 
-    def head_weight(self): return self.embed.weight if self.config.tied else self.lm_head.weight
+    def head_weight(self): return self.ends.embed.weight if self.config.tied else self.ends.lm_head.weight
 
     def head(self, hidden): return F.linear(hidden, self.head_weight())
 
@@ -381,15 +423,51 @@ def summed_cross_entropy(hidden, weight, targets):
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
 
+BRANCHES = "llm.branches."          # what the names of a branch's parameters begin with
+
+
 class InfMLLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
         c, dv, d = config, config.vit.width, config.llm.width
         self.vit = ViT(c.vit)
-        if c.adapter == "resampler": self.adapter = Resampler(dv, d, c.grid, c.ln_vision)
-        else: self.adapter = PoolAdapter(dv, d, c.grid, c.ln_vision)
+        kind = Resampler if c.adapter == "resampler" else PoolAdapter
+        self.adapter = kind(dv, d, c.grid, c.ln_vision)
         self.llm = Llama(c.llm)
+        for branch in self.llm.branches.values(): branch.adapter = kind(dv, d, c.grid, c.ln_vision)
+
+    @torch.no_grad()
+    def grow(self, name, inner):
+        """Add a branch that computes the base's function and take it: everything is a copy of the base's, and with o
+        and down at zero an inner layer, a copy of the one that it follows, adds nothing to the hidden state yet."""
+        llm, c = self.llm, self.llm.config
+        replace(c, branches={name: inner})                         # complains if they cannot be
+        c.branches[name] = list(inner)
+        with torch.device("meta"): branch = llm.branches[name] = Branch(c, inner)
+        branch.layers = copy.deepcopy(nn.ModuleList(llm.layers[i] for i in inner))
+        for layer in branch.layers: layer.o.weight.zero_(), layer.down.weight.zero_()
+        for part in ("embed", "norm", "lm_head")[:2 if c.tied else 3]:
+            setattr(branch, part, copy.deepcopy(getattr(llm, part)))
+        branch.adapter = copy.deepcopy(self.adapter)
+        return self.use(name)
+
+    def use(self, branch):
+        """Answer and train through this branch from now on; None: the base alone."""
+        assert branch is None or branch in self.llm.branches, f"no branch {branch}; there is {list(self.llm.branches)}"
+        self.llm.active = branch
+        return self
+
+    @contextmanager
+    def using(self, branch):
+        before = self.llm.active
+        try: yield self.use(branch)
+        finally: self.llm.active = before
+
+    @property
+    def front(self):
+        """The adapter in use: the active branch's, or the base's."""
+        return self.llm.ends.adapter if self.llm.active else self.adapter
 
     def encode_images(self, images):
         """(N,3,S,S) -> (N,P*P,D). uint8 is normalised here; float is taken as normalised already."""
@@ -399,7 +477,7 @@ class InfMLLM(nn.Module):
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vit.parameters())
         with torch.set_grad_enabled(trains):
             features = self.vit(images.to(self.vit.patch_embed.weight.dtype))        # (N, 1+s*s, Dv)
-        return self.adapter(features)
+        return self.front(features)
 
     def embed(self, images, tokens, image_at=None):
         """Token embeddings with the placeholders overwritten by the images', (B,T,D).
@@ -417,7 +495,7 @@ class InfMLLM(nn.Module):
                                                       f"({cells} each), and the text has {len(image_at)}")
         visual = self.encode_images(images).flatten(0, 1)                            # (N*P*P, D)
         flat = F.pad(tokens.flatten(), (0, 1))                     # one place more, for embeddings that go nowhere
-        x = self.llm.embed(flat.clamp(min=0))                                        # (B*T+1, D)
+        x = self.llm.ends.embed(flat.clamp(min=0))                                   # (B*T+1, D)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x.index_copy(0, torch.where(image_at < 0, B * T, image_at), visual.to(x.dtype))
         return x[:-1].view(B, T, -1)
@@ -437,9 +515,9 @@ class InfMLLM(nn.Module):
         hidden = self.llm(x, at=at)                                                  # (M, D)
         return summed_cross_entropy(hidden, self.llm.head_weight(), wanted)
 
-    def freeze(self, stage):
+    def freeze(self, stage, tune=None):
         """Let exactly the parts train that InfMLLM trains in this stage (paper, section 3.2; FACTS table)."""
-        for name, p in self.named_parameters(): p.requires_grad_(trains(name, stage))
+        for name, p in self.named_parameters(): p.requires_grad_(trains(name, stage, tune, self.llm.active))
         return self
 
     def resize(self, image_size):
@@ -447,17 +525,28 @@ class InfMLLM(nn.Module):
         self.vit.resize(image_size)
         self.config.vit = self.vit.config
         self.config.__post_init__()
-        self.adapter.grid = self.config.grid
+        for adapter in (self.adapter, *(b.adapter for b in self.llm.branches.values())): adapter.grid = self.config.grid
         return self
 
 
-def trains(name, stage):
-    """Whether the parameter of this name is trained in this stage."""
+TUNE = {1: "none", 2: "qv", 3: "full"}       # what of the LLM trains in a stage: alignment, multitask, instructions
+
+
+def trains(name, stage, tune=None, branch=None):
+    """Whether the parameter of this name is trained: the adapter in every stage, the ViT in stage 2, and of the LLM
+    what `tune` says (none, qv, full; the stage's own by default), or the whole of a branch and nothing else (inner)."""
+    if stage not in TUNE: raise ValueError(f"stage is 1, 2 or 3, not {stage!r}")
+    tune = tune or TUNE[stage]
+    if tune == "inner": return name.startswith(f"{BRANCHES}{branch}.")
     part = name.split(".")[0]
-    if stage == 1: return part == "adapter"                                          # alignment pretraining
-    if stage == 2: return part != "llm" or name.endswith((".q.weight", ".v.weight"))       # multitask finetuning
-    if stage == 3: return part != "vit"                                              # instruction tuning
-    raise ValueError(f"stage is 1, 2 or 3, not {stage!r}")
+    if part != "llm": return part == "adapter" or stage == 2
+    if name.startswith(BRANCHES): return False
+    return tune == "full" or tune == "qv" and name.endswith((".q.weight", ".v.weight"))
+
+
+def part_of(name):
+    """vit, adapter or llm, for learning rates and tables; a branch's adapter is an adapter."""
+    return "adapter" if name.startswith(BRANCHES) and ".adapter." in name else name.split(".")[0]
 
 
 @torch.no_grad()
@@ -485,7 +574,7 @@ def init(model, seed=0):
 # ---------------------------------------------------------------------------------------------------------------------
 # What it costs
 
-def flops(c: Config, text, supervised, stage=None):
+def flops(c: Config, text, supervised, stage=None, tune=None, branch=None):
     """FLOPs of one image-text pair by part: the forward pass, and with a stage also the gradients that it needs.
 
     A multiply-add is two. Causal attention is counted at the half that it needs. Gradients: as much as the forward
@@ -498,17 +587,27 @@ def flops(c: Config, text, supervised, stage=None):
     adapter_out = 2 * c.visual_tokens * l.width ** 2
     kv = l.width * l.kv_heads // l.heads
     qv, k, rest = l.width * (l.width + kv), l.width * kv, l.width * (l.width + 3 * l.mlp)
+    inner = l.branches[branch] if branch else []
+    layers, last = l.layers + len(inner), l.layers - 1 in inner             # last: one of them ends it all
     llm_qv = 2 * T * l.layers * qv
-    llm = llm_qv + 2 * T * l.layers * k + 2 * rest * (T * (l.layers - 1) + supervised)     # see Llama: `at`
-    llm_attention = l.layers * 2 * T * T * l.width
+    llm = 2 * T * layers * (qv + k) + 2 * rest * (T * (layers - 1) + supervised)      # see Llama: `at`
+    llm_inner = 2 * T * len(inner) * (qv + k) + 2 * rest * (T * (len(inner) - last) + supervised * last)
+    llm_attention = layers * 2 * T * T * l.width
     head = 2 * supervised * l.width * l.vocab
     parts = {"vit": vit, "adapter": adapter_in + adapter_out, "llm": llm + llm_attention, "head": head}
     if stage is None: return parts
-    if stage == 2: parts["vit"] = 3 * vit - patches                       # pixels need no gradient
-    parts["adapter"] += 2 * adapter_out + adapter_in * (2 if stage == 2 or c.ln_vision else 1)
-    parts["llm"] += llm + 2 * llm_attention + {1: 0, 2: llm_qv, 3: llm}[stage]
-    parts["head"] += head + (head if stage == 3 else 0)
+    tune = tune or TUNE[stage]
+    sees = stage == 2 and tune != "inner"
+    if sees: parts["vit"] = 3 * vit - patches                             # pixels need no gradient
+    parts["adapter"] += 2 * adapter_out + adapter_in * (2 if sees or c.ln_vision else 1)
+    parts["llm"] += llm + 2 * llm_attention + {"none": 0, "qv": llm_qv, "full": llm, "inner": llm_inner}[tune]
+    parts["head"] += head + (head if tune in ("full", "inner") else 0)
     return parts
+
+
+def every_layer(model):
+    """All blocks and layers, a branch's too: what is compiled, sharded and counted one by one."""
+    return [m for m in model.modules() if isinstance(m, (ViTBlock, LlamaLayer))]
 
 
 def count(module): return sum(p.numel() for p in module.parameters())

@@ -29,8 +29,9 @@ PEAK = {"B200": 2250e12, "H200": 989e12, "H100": 989e12, "H800": 989e12, "A100":
 
 def sizes(model):
     """{part: (parameters that train, parameters that do not)}"""
-    return {part: tuple(sum(p.numel() for p in getattr(model, part).parameters() if p.requires_grad == t)
-                        for t in (True, False)) for part in PARTS}
+    sums = {part: [0, 0] for part in PARTS}
+    for name, p in model.named_parameters(): sums[models.part_of(name)][not p.requires_grad] += p.numel()
+    return sums
 
 
 def kept(c, s):
@@ -41,18 +42,30 @@ def kept(c, s):
               (the last layer's MLP sees the supervised positions alone)
         ViT   (if it trains) two norms' inputs and outputs, q, k, v, the attention's output; the MLP's before and after
     A matrix keeps its input only if it trains, so frozen layers keep less, and a frozen ViT keeps nothing.
+    A branch's layers keep what layers keep where all train; those that they follow, what frozen ones do.
     """
-    D, Dv, b, stage = c.llm.width, c.vit.width, number_bytes(s), s["stage"]
+    D, Dv, b, tune = c.llm.width, c.vit.width, number_bytes(s), tuned(s)
     tokens, patches = s["rows"] * (c.visual_tokens + s["text"]), s["rows"] * (1 + c.vit.side ** 2)
     kv = D // c.llm.heads * c.llm.kv_heads
-    attention = b * (3 * D + 2 * kv + D * (stage > 1))
-    mlp = b * (D + 3 * c.llm.mlp + (D + c.llm.mlp) * (stage == 3))
-    block = b * patches * (8 * Dv + 2 * c.vit.mlp) if stage == 2 else 0
+
+    def layer(tune):                                               # bytes of its attention and of its MLP, per token
+        return (b * (3 * D + 2 * kv + D * (tune in ("qv", "full"))),
+                b * (D + 3 * c.llm.mlp + (D + c.llm.mlp) * (tune == "full")))
+    base, inner = layer(tune), c.llm.branches[s["branch"]] if tune == "inner" else []
+    added = layer("full") if inner else (0, 0)
+    ends = added if c.llm.layers - 1 in inner else base
+    block = b * patches * (8 * Dv + 2 * c.vit.mlp) if s["stage"] == 2 and not inner else 0
     if not s["recompute"]:
-        last = mlp * (tokens - s["rows"] * s["answer"])            # what the last MLP is spared
-        return c.llm.layers * tokens * (attention + mlp) - last + c.vit.layers * block
-    inputs = c.llm.layers * b * tokens * D + (c.vit.layers * b * patches * Dv if block else 0)
-    return inputs + max(tokens * (attention + mlp), block)         # and all of the one layer that is computed again
+        last = ends[1] * (tokens - s["rows"] * s["answer"])        # what the last MLP is spared
+        return tokens * (c.llm.layers * sum(base) + len(inner) * sum(added)) - last + c.vit.layers * block
+    inputs = (c.llm.layers + len(inner)) * b * tokens * D + (c.vit.layers * b * patches * Dv if block else 0)
+    return inputs + max(tokens * max(sum(base), sum(added)), block)        # and the one layer that is computed again
+
+
+def tuning(s): return s["stage"], tuned(s), s["branch"] if tuned(s) == "inner" else None
+
+
+def tuned(s): return s.get("tune") or models.TUNE[s["stage"]]
 
 
 def number_bytes(s): return {"bf16": 2, "fp64": 8}.get(s["dtype"], 4)
@@ -60,29 +73,30 @@ def number_bytes(s): return {"bf16": 2, "fp64": 8}.get(s["dtype"], 4)
 
 def memory(model, s, world=1, sharded=False):
     """Bytes on one GPU at the worst moment of a step, by what they are for: arithmetic, not measurement."""
-    c, stage, b = model.config, s["stage"], number_bytes(s)
+    c, b = model.config, number_bytes(s)
     master, split = max(b, 4), world if sharded else 1
     trained, frozen = (sum(n) for n in zip(*sizes(model).values()))
     D, Dv, V = c.llm.width, c.vit.width, c.llm.vocab
     tokens, patches = s["rows"] * (c.visual_tokens + s["text"]), s["rows"] * (1 + c.vit.side ** 2)
     work = 3 * b * max(c.llm.mlp * tokens, c.vit.mlp * patches)    # gradients on their way through one layer
     adapter = s["rows"] * c.visual_tokens * (8 * Dv + 3 * D * b) + 4 * D * b * tokens      # its own, and the splice
-    head = V * D * (b + (3 * master if stage == 3 else 0)) + 12 * 2 ** 23 + 4 * s["rows"] * s["answer"] * D * b
+    own = V * D * 3 * master if tuned(s) in ("full", "inner") else 0       # the head trains, and the embedding
+    head = V * D * b + own + 12 * 2 ** 23 + 4 * s["rows"] * s["answer"] * D * b
     copies = b * trained if b < master and not s["recompute"] else 0       # masters in bf16, kept for the backward pass
-    layers = [max(map(models.count, part)) for part in (model.vit.blocks, model.llm.layers)]
-    rest = trained + frozen - c.vit.layers * layers[0] - c.llm.layers * layers[1]
+    groups = [sum(p.numel() for p in layer.parameters()) for layer in models.every_layer(model)]
+    rest = trained + frozen - sum(groups)
     return {"weights": (b * frozen + master * trained) // split,
             "gradients": master * trained // split,
             "optimizer": 2 * master * trained // split,
             "activations": kept(c, s) + work + adapter + head + copies,
-            "gathered": b * (3 * max(layers) + rest) if sharded else 0,    # a layer, the next, its gradients; the rest
+            "gathered": b * (3 * max(groups) + rest) if sharded else 0,    # a layer, the next, its gradients; the rest
             "CUDA": GIB if s["dtype"] == "bf16" else 0}            # context and libraries, about
 
 
-def arithmetic(c, stage, batch):
-    """FLOPs that a micro-batch needs: its forward pass and the gradients of this stage."""
+def arithmetic(c, s, batch):
+    """FLOPs that a micro-batch needs: its forward pass and the gradients of this run."""
     B, T = batch.tokens.shape
-    cost = models.flops(c, max(0, T - c.visual_tokens), batch.supervised / B, stage)
+    cost = models.flops(c, max(0, T - c.visual_tokens), batch.supervised / B, *tuning(s))
     return len(batch.images) * (cost["vit"] + cost["adapter"]) + B * (cost["llm"] + cost["head"])
 
 
@@ -132,6 +146,9 @@ def describe(model, s, world, names, sharded, room=None):
     print(f"\nstage {s['stage']} of {s['preset']}: {c.visual_tokens} visual tokens an image of {c.vit.image_size} px "
           f"({c.adapter}); batch {s['batch']} = {world} ranks x {s['accum']} micro-batches x {s['rows']} rows; "
           f"{s['steps']} steps")
+    if c.llm.branches:
+        print("".join(f"branch {name}: layers of its own after {', '.join(map(str, inner))} of the LLM's {c.llm.layers}"
+                      for name, inner in c.llm.branches.items()))
     print(f"{'part':<9}{'trained':>10}{'frozen':>10}  {'dtype':<19}{'lr':>8}  from")
     for part, (trained, frozen) in sizes(model).items():
         master = "fp32" if compute == "bf16" else compute

@@ -6,7 +6,9 @@
     python sample.py --image scene.png --task vqa --prompt "what colour is the circle?" --json
     python sample.py --ckpt llava-1.5-7b-hf/ --image cat.jpg --prompt "What is the cat doing?"
     python sample.py --ckpt InfMLLM_7B.bin --tokenizer vicuna-7b-v1.5/ --image cat.jpg
+    python sample.py --ckpt out/stage1 --branch out/mm --image scene.png         # a branch of inner adaptors (IAA)
 
+A call is answered by one branch. It sees the pictures; what is asked without one is answered by its base alone.
 In a chat: /image FILE takes another picture, /reset forgets what was said, /box on draws the boxes that the model
 names, Ctrl-C stops an answer, Ctrl-D ends.
 """
@@ -70,13 +72,20 @@ def generate_ids(model, images, tokens, image_index=None, max_new_tokens=64, min
     images (N,3,S,S); tokens: ids per prompt, with runs of P*P times IMAGE; image_index: which image stands at each run
     (0, 1, 2, ... if not given). temperature 0 is greedy; else prompt i draws from the stream of seed + i, or of
     seed[i], whatever the batch. on_token(ids) sees the B new ids of every step.
+
+    One branch a call: the active one where there are images, the base alone where there is none; never both.
     """
+    if model.llm.active and not all(IMAGE in row for row in tokens):
+        assert not any(IMAGE in row for row in tokens), "text alone is the base's and not the branch's: two calls"
+        with model.using(None):
+            return generate_ids(model, images, tokens, image_index, max_new_tokens, min_new_tokens, eos, beams,
+                                length_penalty, temperature, top_k, top_p, seed, on_token)
     assert beams == 1 or temperature == 0, "beam search and sampling do not go together"
     x, pad = prefix(model, images, tokens, image_index)                              # (B, T, D)
     B, T = x.shape[:2]
     if beams > 1: rows = beam_search(model.llm, x, pad, beams, max_new_tokens, min_new_tokens, eos, length_penalty)
     else:
-        cache = Cache(model.config.llm, B, T + max_new_tokens, x.device, x.dtype)
+        cache = Cache(model.config.llm, B, T + max_new_tokens, x.device, x.dtype, model.llm.inner)
         choose = greedy if temperature == 0 else sampler(temperature, top_k, top_p, seed, B, max_new_tokens, x.device)
         new, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
         for token in steps(model.llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
@@ -93,7 +102,7 @@ def prefix(model, images, tokens, image_index=None):
     """Embeddings of the prompts (B,T,D), padded on the left, and pad (B,): None where all are of one length."""
     device, longest = model.llm.embed.weight.device, max(map(len, tokens))
     ids = torch.tensor([[0] * (longest - len(row)) + row for row in tokens], device=device)          # (B, T)
-    x = model.llm.embed(ids.clamp(min=0))
+    x = model.llm.ends.embed(ids.clamp(min=0))
     if torch.is_autocast_enabled(device.type): x = x.to(torch.get_autocast_dtype(device.type))
     at, cells = ids == IMAGE, model.config.visual_tokens
     runs = sum(row.count(IMAGE) for row in tokens) / cells
@@ -120,7 +129,7 @@ def steps(llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
         if n < min_new_tokens: logits[:, eos] = -torch.inf
         token = choose(logits, n)
         yield token
-        x = llm.embed(token[:, None]).to(x.dtype)                                    # (B, 1, D)
+        x = llm.ends.embed(token[:, None]).to(x.dtype)                               # (B, 1, D)
 
 
 def greedy(logits, n): return logits.argmax(-1)
@@ -157,7 +166,7 @@ def beam_search(llm, x, pad, K, max_new_tokens, min_new_tokens, eos, length_pena
     descends from whom. So the prompt's keys and values are held and read once, and nothing is ever moved.
     """
     (B, T), device, none = x.shape[:2], x.device, -1e9
-    cache = Cache(llm.config, B, T + K * (max_new_tokens - 1), device, x.dtype)
+    cache = Cache(llm.config, B, T + K * (max_new_tokens - 1), device, x.dtype, llm.inner)
     own = torch.eye(K, dtype=torch.bool, device=device).expand(B, K, K)
     sees = torch.arange(T, device=device) >= (0 if pad is None else pad[:, None, None])
     sees = sees.expand(B, 1, T)                                                      # (B, running beams, positions)
@@ -188,7 +197,7 @@ def beam_search(llm, x, pad, K, max_new_tokens, min_new_tokens, eos, length_pena
         if n == max_new_tokens or not undecided.any(): break
         tokens = take(told, which)
         sees = torch.cat((take(sees, take(source, which)), own), 2)                  # (B, K, T + K*n)
-        x = llm.embed(tokens[:, :, -1]).to(x.dtype)                                  # (B, K, D)
+        x = llm.ends.embed(tokens[:, :, -1]).to(x.dtype)                             # (B, K, D)
     return retired[:, 0].tolist()
 
 
@@ -230,6 +239,13 @@ def generate(model, tokenizer, images, prompts, pad=False, **settings) -> list[s
 
 def answer(model, tokenizer, images, tokens, pad=False, **settings) -> list[str]:
     """The same for prompts in ids and lists of images; a conversation's past has ids that no text stands for."""
+    if model.llm.active and any(images) and not all(images):       # text alone is the base's: a call for each
+        said, seed = {}, settings.pop("seed", 0)
+        for seen in (True, False):
+            which = [i for i, pictures in enumerate(images) if bool(pictures) == seen]
+            said |= zip(which, answer(model, tokenizer, [images[i] for i in which], [tokens[i] for i in which], pad,
+                                      seed=[seed + i for i in which], **settings))
+        return [said[i] for i in range(len(tokens))]
     config = model.config
     different = {id(picture): picture for pictures in images for picture in pictures}
     index = [list(different).index(id(picture)) for pictures in images for picture in pictures]
@@ -243,14 +259,17 @@ class Chat:
 
     def __init__(self, model, tokenizer, image=None):
         self.model, self.tokenizer, weight = model, tokenizer, model.llm.embed.weight
-        self.cache = Cache(model.config.llm, 1, model.config.llm.context, weight.device, weight.dtype)
+        self.cache = Cache(model.config.llm, 1, model.config.llm.context, weight.device, weight.dtype, model.llm.inner)
         self.start(image)
 
     def start(self, image=None): self.image, self.ids, self.cache.length = image, [], 0
 
-    @torch.inference_mode()
-    def ask(self, question, max_new_tokens=1024, temperature=0.0, top_k=0, top_p=1.0, seed=0):
+    def ask(self, question, **chosen):
         """Yields the answer, a word or a part of one at a time. It may be left at any point, and the talk goes on."""
+        with self.model.using(self.model.llm.active if self.image else None): yield from self.turn(question, **chosen)
+
+    @torch.inference_mode()
+    def turn(self, question, max_new_tokens=1024, temperature=0.0, top_k=0, top_p=1.0, seed=0):
         model, tokenizer, config = self.model, self.tokenizer, self.model.config
         mark = config.image_mark if self.image else ""
         if self.ids: asked = [tokenizer.eos] + encode_prompt(tokenizer, chat_turn(question), 0, bos=False)
@@ -287,14 +306,17 @@ def newest(folder="out"):
     return max(found, key=lambda path: (path / "config.json").stat().st_mtime)
 
 
-def load_model(path=None, tokenizer=None, device=None, dtype=None):
-    """(model, tokenizer) from our directory, a LLaVA-1.5 folder or the released InfMLLM file; the newest of out/."""
+def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
+    """(model, tokenizer) from our directory, a LLaVA-1.5 folder or the released InfMLLM file; the newest of out/.
+    branch: see take_branch."""
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     path = Path(path) if path else newest()
     if path.is_file():
         model, folder = checkpoint.load_infmllm(path, PRESETS["infmllm-7b"](), dtype), path.parent
     elif (path / "config.json").is_file() and "model_type" in checkpoint.read_json(path / "config.json"):
+        if checkpoint.read_json(path / "config.json")["model_type"] == "IAA":
+            raise BadInput(f"{path}: {checkpoint.LLAMA_3}; checkpoint.load_iaa reads its weights")
         model, folder = checkpoint.load_llava(path, dtype), path
     else:
         folder = checkpoint.find(path)
@@ -305,7 +327,19 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None):
     if tokenizer.size > model.config.llm.vocab:
         raise BadInput(f"{tokenizer.path}: has {tokenizer.size} pieces, more than the {model.config.llm.vocab} of "
                        f"{path}; name the tokenizer that belongs to the model")
+    if branch: take_branch(model, branch, dtype)
     return model.to(device).eval(), tokenizer
+
+
+def take_branch(model, branch, dtype=None):
+    """The branch that answers: one that the model has, one that is saved in a folder, or none, the base alone."""
+    has = model.llm.branches
+    if branch == "none": model.use(None)
+    elif branch in has: model.use(branch)
+    elif Path(branch).exists(): checkpoint.add_branch(model, branch, dtype)
+    else:
+        raise BadInput(f"--branch {branch}: is neither a folder nor a branch of the model, which has "
+                       f"{', '.join(has) or 'none'}; name a branch's folder")
 
 
 def open_image(path):
@@ -470,6 +504,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--ckpt", help="our directory, a LLaVA-1.5 folder or the released InfMLLM file; default: the newest of out/")
+    add("--branch", help="which branch sees pictures: its folder, or the name of one that is there; none: the base")
     add("--tokenizer", help="sentencepiece model, where the checkpoint brings none")
     add("--image", help="a picture, or a folder of them")
     add("--task", choices=list(TASKS), default="chat", help="what is asked; default chat")
@@ -515,7 +550,7 @@ def check(args):
 def main(argv=None):
     args = parse(argv)
     if args.prompt is not None or args.task != "chat": question(args, MARK)      # before the model is read
-    model, tokenizer = load_model(args.ckpt, args.tokenizer, args.device, args.dtype)
+    model, tokenizer = load_model(args.ckpt, args.tokenizer, args.device, args.dtype, args.branch)
     if args.task == "chat" and args.prompt is None: chat(model, tokenizer, args)
     else: answer_all(model, tokenizer, args)
 

@@ -6,6 +6,7 @@
     python train.py --stage 3 --preset infmllm-7b --gpus 8x80 --shard --plan        # what it would take; trains nothing
     torchrun --nproc_per_node 8 train.py --stage 1 --preset infmllm-7b --vit eva_vit_g.pth --llm vicuna-7b-v1.5/ \\
         --data recipes/stage1.toml
+    python train.py --stage 2 --tune inner --branch mm --out out/mm      # inner adaptors; the LLM stays as it is
     python train.py --plot out/stage1             # the loss curve
 
 What trains in which stage says model.trains(); with what, the table below. A run writes to out/stageN: checkpoints
@@ -40,8 +41,9 @@ from adapter import pool_path
 from data import BUCKET, BadInput, Data, Tokenizer, load_mixture
 from report import (
     GIB, PARTS, Log, Peak, arithmetic, counted, describe, evaluate, examples, final_scores, measured_time, peak_flops,
-    plot, total_memory,
+    plot, total_memory, tuning,
 )
+from start import base_of, build, described, find_tokenizer, inner_layers, out_folder, start_from
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -78,7 +80,6 @@ PAPER = {
 STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
 OTHERS = {n: replace(s, image_size=None, grid=None) for n, s in PAPER.items()}       # small, llava-7b: their own sizes
 
-TOY_START = Path(os.path.relpath(Path(__file__).parent / "assets/toy"))
 BETAS, EPS = (0.9, 0.95), 1e-8    # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
 CLIP = 1.0                        # the gradient's global norm is cut to this
 PATIENCE = 3                      # updates in a row without a finite gradient, after which the run stops
@@ -110,12 +111,21 @@ def between(kind, low, high=math.inf):
     return number
 
 
+def numbers(text): return sorted({int(n) for n in text.split(",")})
+
+
+def word(text):
+    if not text.isidentifier(): raise ValueError
+    return text
+
+
 def gpus(text):
     count, _, size = text.lower().partition("x")
     return between(int, 1)(count), between(float, 1)(size)
 
 
 rates.__name__, gpus.__name__ = "learning rate (1e-3, or adapter=1e-3,llm=2e-5)", "number x GiB (8x80)"
+numbers.__name__ = "list of layers (0,1,5,6)"
 
 
 def flags():
@@ -139,6 +149,11 @@ def flags():
     add("--weight-decay", type=between(float, 0), help="AdamW's, of matrices only")
     add("--image-size", type=between(int, 1), help="pixels per side")
     add("--grid", type=between(int, 1), help="P: an image becomes P x P visual tokens")
+    add("--tune", choices=("none", "qv", "full", "inner"), help="what of the LLM trains; default: none, qv, full in "
+        "stages 1, 2, 3; inner: the layers, ends and adapter of a branch, and nothing of the model it is added to")
+    add("--branch", type=word, help="with --tune inner: the branch's name; default mm")
+    add("--inner-layers", type=numbers, help="with --tune inner: after which layers one of its own runs (0,1,5,6); "
+        "default: all, of 32 those of IAA")
     add("--adapter", choices=("pool", "resampler", "mlp"), help="kind of adapter; another than --init's starts fresh")
     add("--recompute", action=on_off, help="activation checkpointing: less memory, a third more work")
     add("--seed", type=between(int, 0), help="of the batches and of fresh weights; default 0")
@@ -167,7 +182,7 @@ def flags():
 
 
 LASTING = ("preset", "data", "steps", "batch", "lr", "warmup", "weight_decay", "image_size", "grid", "adapter", "seed",
-           "dtype")               # what makes a run this run: a resumed one keeps them, and refuses others
+           "dtype", "tune", "branch", "inner_layers")    # what makes a run this run: resuming takes no others
 
 
 def settle(args, stage, world, stored=None, preset=None):
@@ -176,8 +191,13 @@ def settle(args, stage, world, stored=None, preset=None):
     if stored.get("stage", stage) != stage:
         raise BadInput(f"--stage {stage}: {out_folder(args, stage)} is of stage {stored['stage']}; resume that")
     preset = args.preset or stored.get("preset") or preset or "toy"
-    row = asdict(STAGES.get(preset, OTHERS)[stage]) | {"seed": 0, "adapter": None, "dtype": None, "preset": preset}
+    table = STAGES.get(preset, OTHERS)
+    tune = args.tune or stored.get("tune") or models.TUNE[stage]
+    row = asdict(table[stage]) | {"lr": peaks(table, stage, tune), "seed": 0, "adapter": None, "dtype": None,
+                                  "preset": preset, "tune": tune, "branch": "mm", "inner_layers": None}
     given = {k: v for k, v in vars(args).items() if v is not None and (k in row or k in LASTING)}
+    if tune != "inner" and {"branch", "inner_layers"} & set(given):
+        raise BadInput("--branch and --inner-layers describe what --tune inner trains; add it")
     if "lr" in given: given["lr"] = merged_rates(given["lr"], row["lr"], stage)
     if "data" in given: given["data"] = str(Path(given["data"]))
     if stored and given.get("dtype") == "auto": del given["dtype"]       # it was measured when the run began
@@ -199,6 +219,13 @@ def settle(args, stage, world, stored=None, preset=None):
     return s
 
 
+def peaks(table, stage, tune):
+    """The table's learning rates for what trains; where its own stage leaves the LLM alone, stage 3's for that."""
+    lr = {"llm": table[3].lr["llm"]} | table[stage].lr
+    frozen = {"none": ("llm",), "inner": ("vit",)}.get(tune, ())
+    return {part: lr[part] for part in PARTS if part in lr and part not in frozen}
+
+
 def merged_rates(given, row, stage):
     if "" in given: return dict.fromkeys(row, given[""])
     for part in given:
@@ -214,75 +241,6 @@ def contradictions(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this machine shows torch no GPU; leave it out to train on the CPU")
     if args.stage == "all" and args.data: raise BadInput("--data is one stage's; run --stage 1, 2 and 3 one by one")
-
-
-def out_folder(args, stage):
-    if args.stage == "all": return Path(args.out or "out") / f"stage{stage}"
-    return Path(args.out or f"out/stage{stage}")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Where the weights come from
-
-def start_from(args, stage):
-    """The checkpoint to start from, or None where --vit and --llm say it all; and where its name comes from."""
-    if args.init: return checkpoint.find(args.init), "--init"
-    if stage > 1:
-        before = out_folder(args, stage).parent / f"stage{stage - 1}"
-        try: return checkpoint.find(before), f"stage {stage - 1}'s output"
-        except BadInput:
-            if args.vit and args.llm: return None, ""
-            raise BadInput(f"{before}: stage {stage} starts from stage {stage - 1}'s output, which is not there; run "
-                           f"python train.py --stage {stage - 1} first, or name a start with --init") from None
-    if args.vit and args.llm: return None, ""
-    if args.preset in (None, "toy") and not args.vit and not args.llm:
-        if not (TOY_START / "model.safetensors").is_file():
-            raise BadInput(f"{TOY_START}: the toy's backbones are not there; python toy.py backbones makes them")
-        return TOY_START, "the toy's stand-ins for pretrained backbones"
-    raise BadInput(f"stage 1 of {args.preset or 'toy'} starts from --vit and --llm, or from --init; name both, or that")
-
-
-def build(args, s, path):
-    """The model of a new run on the CPU, in the files' dtypes, and {part: where it comes from}."""
-    base = checkpoint.load(path, dtype=None) if path else None
-    preset = models.PRESETS[s["preset"]]()
-    vit = checkpoint.load_vit(args.vit, dtype=None) if args.vit else base.vit
-    llm = checkpoint.load_llama(args.llm, dtype=None) if args.llm else base.llm
-    like = base.config if base else preset
-    if s["image_size"]: resize(vit, s["image_size"])
-    config = described(like, vit.config, llm.config, s)
-    with torch.device("meta"): model = models.InfMLLM(config)
-    model.vit, model.llm = vit, llm
-    names = {"vit": args.vit or path, "llm": args.llm or path, "adapter": path}
-    want = {k: p.shape for k, p in model.adapter.named_parameters()}
-    have = {k: p.shape for k, p in base.adapter.named_parameters()} if base else {}
-    if want == have: model.adapter = base.adapter
-    else:
-        names["adapter"] = "fresh" if base is None else f"fresh ({config.adapter}; {path} has another)"
-        models.init(model.adapter.to_empty(device="cpu"), s["seed"])
-    model.adapter.grid = config.grid
-    return model, names
-
-
-def resize(vit, image_size):
-    try: vit.resize(image_size)
-    except AssertionError as e: raise BadInput(f"--image-size {image_size}: {e}; take a multiple") from None
-
-
-def described(like, vit, llm, s):
-    """The Config of a run: `like`, with the stage's image size and grid, and the kind of adapter asked for."""
-    try:
-        if s["image_size"]: vit = replace(vit, image_size=s["image_size"])
-        adapter = s["adapter"] or like.adapter
-        ln_vision = like.ln_vision if adapter == like.adapter else adapter != "mlp"
-        return replace(like, vit=vit, llm=llm, adapter=adapter, grid=s["grid"] or like.grid, ln_vision=ln_vision)
-    except AssertionError as e: raise BadInput(f"--image-size, --grid: {e}; take others") from None
-
-
-def find_tokenizer(args, path):
-    for place in (args.tokenizer, args.llm, path):
-        if place: return Tokenizer(place)
-    raise BadInput("--tokenizer: none beside the weights; name a sentencepiece model (tokenizer.model)")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,6 +274,7 @@ class Run:
     data: Data = None
     held_out: Data = None
     optimizer: "AdamW" = None
+    base: Path = None             # the checkpoint that a branch in training belongs to
     originals: dict = None        # frozen tensors as they were before they were rounded for speed: what is saved
     meters: dict = None           # 0-d float64 tensors on the device, read when something is logged
     step: int = 0                 # updates done
@@ -349,11 +308,11 @@ def cast(module, dtype, keep, device="cpu", prefix=""):
 def place(run):
     """Cast, move, and set up DDP or sharding."""
     m, args = run.model, run.args
-    run.originals = {} if run.rank == 0 else None
+    run.originals = {} if run.rank == 0 and not run.base else None
     m.vit.recompute = m.llm.recompute = run.s["recompute"]
     if args.compile:
         torch._dynamo.config.recompile_limit = 64                  # one a bucket of shapes
-        for layer in (*m.vit.blocks, *m.llm.layers): layer.compile(dynamic=False)
+        for layer in models.every_layer(m): layer.compile(dynamic=False)
     # glibc gives freed memory back to the system beyond twice the largest block ever freed (of up to 32 MB): after this
     # one it keeps 62 MB, and a toy step no longer faults 5,000 to 30,000 pages in anew, a tenth of its time
     if run.device.type == "cpu": torch.empty(31 << 20, dtype=torch.uint8)
@@ -371,7 +330,7 @@ def shard(run):
     half = run.dtype == torch.bfloat16
     policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None)
     names = {module: name for name, module in run.model.named_modules()}
-    for module in (*run.model.vit.blocks, *run.model.llm.layers, run.model):
+    for module in (*models.every_layer(run.model), run.model):
         cast(module, run.dtype, run.originals, prefix=names[module])
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
@@ -455,7 +414,7 @@ def make_optimizer(run):
     for name, p in run.model.named_parameters():
         if not p.requires_grad: continue
         matrix = p.ndim >= 2 and name.rpartition(".")[2] not in ("positions", "queries")
-        groups.setdefault((name.split(".")[0], matrix), []).append(p)
+        groups.setdefault((models.part_of(name), matrix), []).append(p)
     run.optimizer = AdamW([(params, run.s["lr"][part], run.s["weight_decay"] * matrix)
                            for (part, matrix), params in groups.items()])
     assert set(run.optimizer.params) == {p for p in run.model.parameters() if p.requires_grad}, "a group is missing"
@@ -510,6 +469,7 @@ def save(run):
     path = run.out / f"step-{run.step:08d}"
     tensors, optimizer = {}, {}
     for name, p in run.model.named_parameters():
+        if run.base and not p.requires_grad: continue              # a branch is saved without its base
         if run.rank and not hasattr(p, "full_tensor"): continue    # every rank has it in one piece
         tensors[name] = whole(p)
         for key, moment in run.optimizer.state.get(p, {}).items(): optimizer[f"{name}.{key}"] = whole(moment)
@@ -519,13 +479,13 @@ def save(run):
         if not t.isfinite().all():
             raise BadInput(f"step {run.step}: {name} is no longer finite and is not saved; {whole_one(run.out)}; "
                            "lower --lr")
-    tensors |= run.originals
+    tensors |= run.originals or {}
     meters = {k: v.item() for k, v in run.meters.items() if k not in ("norm", "worst")}
     state = {"step": run.step, "settings": run.s, "meters": meters, "counts": run.data.counts, "bad": run.bad}
     training = {k: run.s[k] for k in ("stage", *LASTING)} | {"step": run.step}
     try:
         checkpoint.save(path, (run.model.config, tensors), run.tokenizer, training,
-                        optimizer | {"steps": run.optimizer.steps}, state)
+                        optimizer | {"steps": run.optimizer.steps}, state, run.base)
         prune(run.out, run.args.keep)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(path.with_name(path.name + ".new"), ignore_errors=True)
@@ -590,7 +550,7 @@ def train(run, asked):
         supervised, bad, due, leave = run.agree(sum(b.supervised for b in batches), run.data.bad, due, len(asked))
         if leave: break
         check(run, batches, supervised, bad)
-        if peak: log.flops += sum(arithmetic(run.model.config, s["stage"], b) for b in batches) * run.world
+        if peak: log.flops += sum(arithmetic(run.model.config, s, b) for b in batches) * run.world
         update(run, batches, supervised)
         log.seconds["load"] += loaded - start
         log.seconds["update"] += time.perf_counter() - loaded
@@ -691,8 +651,9 @@ def prepare(args, stage, ranks):
                        "take the one that belongs to it")
     torch.manual_seed(s["seed"])
     open_data(run)
-    for name, p in model.freeze(stage).named_parameters():
-        assert p.requires_grad == models.trains(name, stage), f"{name} would train in the wrong stage"
+    for name, p in model.freeze(stage, s["tune"]).named_parameters():
+        trains = models.trains(name, stage, s["tune"], s["branch"])
+        assert p.requires_grad == trains, f"{name} would train in the wrong stage"
     if s["dtype"] == "auto": choose_dtype(run)
     same_everywhere(run)
     if ranks.rank == 0:
@@ -701,6 +662,7 @@ def prepare(args, stage, ranks):
         describe(model, s, ranks.world, names, args.shard, total_memory(ranks.device))
         print(f"pooling by {pool_path(ranks.device.type)}; samples: {counted(run.data.counts)}; held out: "
               + (counted(run.held_out.counts) if run.held_out else "none (--eval-data names one)"))
+    if s["tune"] == "inner": run.base = base_of(run, path, start, names)
     place(run)
     make_optimizer(run)
     if path: restore(run, path, state)
@@ -718,11 +680,15 @@ def plan(args):
         s = settle(args, stage, world, preset=described_by.get("training", {}).get("preset"))
         if s["dtype"] in (None, "auto"): s["dtype"] = "bf16" if cuda else "fp32"
         like = models.Config(**described_by["model"]) if described_by else models.PRESETS[s["preset"]]()
-        with torch.device("meta"): model = models.InfMLLM(described(like, like.vit, like.llm, s)).freeze(stage)
+        s["inner_layers"] = inner_layers(s, like.llm) if s["tune"] == "inner" else None
+        c = described(like, like.vit, replace(like.llm, branches={s["branch"]: s["inner_layers"]} if s["inner_layers"]
+                                              else {}), s)
+        with torch.device("meta"): model = models.InfMLLM(c)
+        model.use(s["branch"] if s["inner_layers"] else None).freeze(stage, s["tune"])
         names = {"vit": args.vit, "adapter": None, "llm": args.llm}
         names = {part: name or start or "the preset" for part, name in names.items()}
         describe(model, s, world, names, args.shard, room and room * GIB)
-        c, rows = model.config, s["steps"] * s["batch"]
+        rows = s["steps"] * s["batch"]
         print(f"{s['steps']} steps = {rows:,} rows, {rows * c.visual_tokens:,} visual tokens; assumed: {s['text']} "
               f"text tokens a row, {s['answer']} of them supervised")
         if s["data"] and Path(s["data"]).exists():
@@ -730,7 +696,7 @@ def plan(args):
             total = sum(map(len, sources))
             print(f"samples: {counted({x.name: len(x) for x in sources})}; {rows / total:.1f} epochs of {total:,}")
         else: print(f"samples: not counted ({s['data']} is not there)" if s["data"] else "samples: no --data to count")
-        flops = s["batch"] * sum(models.flops(c, s["text"], s["answer"], stage).values())
+        flops = s["batch"] * sum(models.flops(c, s["text"], s["answer"], *tuning(s)).values())
         print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; " + measured_time(out_folder(args, stage), s["steps"]))
 
 
@@ -780,13 +746,14 @@ def farewell(run, done):
     """The loss curve, and the next command to type."""
     stage, out = run.s["stage"], run.out
     named = f" --out {out}" if run.args.out and run.args.stage != "all" else ""
+    tuned = f" --tune inner --branch {run.s['branch']}" if run.base else ""
     if not done:
         return print(f"stopped at step {run.step}; python train.py --stage {run.args.stage}{named} --resume goes on")
     plot(out)
     if stage == 3: print(f"next: python sample.py --ckpt {out} --image PICTURE")
     elif run.args.stage != "all":
         named = f" --init {out} --out {out.with_name(f'stage{stage + 1}')}" if named else ""
-        print(f"next: python train.py --stage {stage + 1}{named}" + " --data MIXTURE.toml" * bool(run.args.data))
+        print(f"next: python train.py --stage {stage + 1}{tuned}{named}" + " --data MIXTURE.toml" * bool(run.args.data))
 
 
 if __name__ == "__main__": sys.exit(main())

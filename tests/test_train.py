@@ -8,6 +8,7 @@ import tiny
 import torch
 
 import checkpoint
+import start
 import train
 from data import BadInput, Data, Tokenizer
 from model import trains
@@ -295,8 +296,8 @@ def test_weights_that_are_not_finite_and_a_tokenizer_too_large_are_refused_at_th
 def test_a_part_that_would_train_in_the_wrong_stage_is_a_bug_and_not_a_run(here, monkeypatch):
     freeze = train.models.InfMLLM.freeze
 
-    def thaw(self, stage):
-        freeze(self, stage).vit.cls.requires_grad_(True)
+    def thaw(self, *stage):
+        freeze(self, *stage).vit.cls.requires_grad_(True)
         return self
     monkeypatch.setattr(train.models.InfMLLM, "freeze", thaw)
     with pytest.raises(AssertionError, match="vit.cls would train in the wrong stage"):
@@ -311,6 +312,6 @@ def test_tensorboard_that_is_not_installed_is_said(here, capsys, monkeypatch):
 
 def test_toy_backbones_that_are_not_there_are_asked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(train, "TOY_START", tmp_path / "none")
+    monkeypatch.setattr(start, "TOY_START", tmp_path / "none")
     assert "python toy.py backbones makes them" in refused(capsys, "--stage", 1)
     with pytest.raises(BadInput): train.plot(tmp_path)
