@@ -6,6 +6,8 @@
     python bench.py data         # opening and reading a million records; the loader against a bare Pillow loop
     python bench.py loader       # that last part alone
 
+    python bench.py tune         # a branch of inner adaptors, Q and V, the whole LLM: what trains, what is held, a step
+
 Each prints a table with the device it found and ends with one JSON line.
 """
 import argparse
@@ -338,7 +340,52 @@ def bench_step(args, steps=40):
     return {"rows": rows}
 
 
-BENCHES = {"pool": bench_pool, "step": bench_step, "data": bench_data,
+def kept_bytes(model, call):
+    """Bytes that autograd keeps of a call for its backward pass, beside the model's own."""
+    own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
+
+    def pack(t):
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in own: kept[storage.data_ptr()] = storage.nbytes()
+        return t
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): call()
+    return sum(kept.values())
+
+
+def bench_tune(args, steps=12):
+    """The three ways to train an LLM, stage 2's mixture, the toy's sizes: what trains, what is held, how long a step
+    takes. Bytes are counted: of weights, gradients and moments, and what autograd keeps of a batch for its backward."""
+    import train
+    from report import sizes
+    runs, times, kept, device = {}, {}, {}, torch.device(args.device)
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("inner", "qv", "full"):
+            argv = ["--stage", "3", "--init", "assets/toy", "--data", "out/toy/stage2.toml", "--tune", name, "--out",
+                    f"{folder}/{name}", "--steps", str(steps)]
+            runs[name] = run = train.prepare(train.flags().parse_args(argv), 3, train.Ranks(0, 1, device, None))
+            run.stream, times[name] = run.data.batches(0, steps, 0, 1, run.s["accum"], 0), []
+        for step in range(steps):                            # in turns, on the same batches
+            for name, run in runs.items():
+                batches = next(run.stream)
+                call = partial(train.update, run, batches, sum(b.supervised for b in batches))
+                if step == 0: kept[name] = kept_bytes(run.model, call) / 1e6
+                else: times[name].append(seconds(call, repeat=1, warmup=0))
+    print("of the LLM trains   trained     frozen   weights + gradients + moments + kept = MB      step ms")
+    rows = []
+    for name, run in runs.items():
+        trained, frozen = (sum(n) for n in zip(*sizes(run.model).values()))
+        size = sum(p.nbytes for p in run.model.parameters()) / 1e6
+        moving = sum(p.nbytes for p in run.optimizer.params) / 1e6
+        row = {"tune": name, "trained": trained, "frozen": frozen, "weights_MB": size, "gradients_MB": moving,
+               "moments_MB": 2 * moving, "kept_MB": kept[name], "MB": size + 3 * moving + kept[name],
+               "step_ms": 1e3 * sorted(times[name])[len(times[name]) // 2]}
+        print(f"{name:<15}{trained:12,}{frozen:11,}{size:10.1f}{moving:12.1f}{2 * moving:10.1f}{kept[name]:7.1f}"
+              f"{row['MB']:5.0f}{row['step_ms']:13.1f}")
+        rows.append(row)
+    return {"steps": steps, "rows": rows}
+
+
+BENCHES = {"tune": bench_tune, "pool": bench_pool, "step": bench_step, "data": bench_data,
            "loader": partial(bench_data, parts=(bench_loader,)), "decode": bench_decode,
            "decode-small": partial(bench_decode, size="small", new=8, repeat=2)}
 

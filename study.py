@@ -2,6 +2,8 @@
 
     python study.py seeds        # the three stages with three seeds: what each stage teaches
     python study.py adapters     # pool against resampler, no pooling and other grids, and without stage 1: same budget
+    python study.py tune         # a frozen LLM with inner adaptors against QV-tuning and full finetuning: same budget,
+                                 # what it sees and what is left of what it could read before it saw anything
     python study.py seeds --runs 1 --jobs 1
 
 Runs of one thread each, --jobs at a time, go to out/study; what is finished there is not run again. Each study ends
@@ -14,6 +16,9 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+import sample
+import toy
 
 OUT = Path("out/study")
 ROWS = {     # of the tables: (data, source, metric as evaluate.py names it)
@@ -30,6 +35,9 @@ ARMS = {     # of the study of adapters: flags of both stages
     "pool 8x8": ["--grid", "8"], "mlp, 64 tokens": ["--adapter", "mlp"], "pool 4x4, no stage 1": [],
 }
 FIRST, SECOND, EVERY, BATCH = 150, 300, 100, 32       # of that study: steps of stage 1 and 2, and from look to look
+TUNES = {"frozen, inner adaptors": "inner", "Q and V": "qv", "full": "full"}    # the ViT is frozen in all of them
+RATES = (3e-4, 1e-3)       # peak learning rates of what trains in the LLM ...
+BUDGET = ["--steps", 500, "--batch", 32]   # ... and the length of the runs, the same for every arm
 
 
 def run(program, *flags):
@@ -57,9 +65,9 @@ def value(scores, source, metric):
     return min(s["score"] for name, s in scores[source].items() if name.startswith("type "))
 
 
-def show(values):
-    mean = sum(values) / len(values)
-    return f"{mean:.3f}" + (f" ({min(values):.3f}–{max(values):.3f})" if len(values) > 1 else "")
+def show(values, digits=3):
+    mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values)))
+    return mean + (f" ({low}–{high})" if len(values) > 1 else "")
 
 
 def table(head, rows):
@@ -116,6 +124,35 @@ def adapters(pool, runs):
             for arm, ways in curves.items()}
 
 
+def one_tune(job):
+    """Stage 2's mixture after stage 1, that part of the LLM in training. -> scores, and what is left of text"""
+    name, rate, seed = job
+    begin, home, scores = OUT / f"seed{seed}/stage1", OUT / f"tune-{TUNES.get(name)}-{rate:g}-{seed}", {}
+    if rate: train(3, home / "run", seed, "--init", begin, "--data", "out/toy/stage2.toml", "--eval-every", 0,
+                   "--tune", TUNES[name], "--lr", f"adapter=2e-3,llm={rate:g}", *BUDGET)
+    else: train(1, begin, seed)
+    ckpt = home / "run" if rate else begin
+    for task in ("caption", "vqa", "ground"): scores |= examine(ckpt, home / task, "heldout", 250, "--task", task)
+    model, tokenizer = sample.load_model(ckpt, device="cpu")
+    with model.using(None): text = toy.reading(model.llm, tokenizer)       # text alone is the base's, branch or not
+    return {n: value(scores, *ROWS[n][1:]) for n in list(ROWS)[:4]} | {
+        "text loss": text["loss"], "text answers right": text["right"]}
+
+
+def tune(pool, runs):
+    start = {seed: one_tune(("stage 1", 0, seed)) for seed in range(runs)}           # the arms begin from these
+    jobs = [(name, rate, seed) for seed in range(runs) for name in TUNES for rate in RATES]
+    found = dict(zip(jobs, pool.map(one_tune, jobs)))
+    rows, names = {"after stage 1": list(start.values())}, list(start[0])
+    for name in TUNES:
+        for rate in RATES: rows[f"{name}, {rate:g}"] = [found[name, rate, seed] for seed in range(runs)]
+    table(["of the LLM trains", *names], [
+        [arm, *(show([f[n] for f in some], 3 + (n == "text loss")) for n in names)] for arm, some in rows.items()])
+    frozen = [f["text loss"] for name in rows if "inner" in name for f in rows[name]]
+    assert set(frozen) == {f["text loss"] for f in start.values()}, "a branch has changed what its base reads"
+    return rows
+
+
 def plot(curves, steps):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 3.6))
@@ -130,7 +167,7 @@ def plot(curves, steps):
     print(f"\ndrew {OUT / 'adapters.png'}: mean and range over the seeds")
 
 
-STUDIES = {"seeds": seeds, "adapters": adapters}
+STUDIES = {"seeds": seeds, "adapters": adapters, "tune": tune}
 
 
 def main():
@@ -140,7 +177,6 @@ def main():
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, a thread each; default 2")
     args = parser.parse_args()
     OUT.mkdir(parents=True, exist_ok=True)
-    import toy
     toy.write("out/toy")                                           # before two runs would draw it at once
     with ThreadPoolExecutor(args.jobs) as pool: found = STUDIES[args.study](pool, args.runs)
     print(json.dumps({"study": args.study, **found}))

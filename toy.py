@@ -29,7 +29,7 @@ import numpy as np
 import sentencepiece
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn import functional as F
 
@@ -591,6 +591,25 @@ class Reader(nn.Module):
                 for name in {kind.split("-")[0] if kind.startswith("chat") else kind, "all"}:
                     right[name] += ok; count[name] += 1
         return {kind: round(right[kind] / n, 3) for kind, n in sorted(count.items())}
+
+    @torch.no_grad()
+    def held_out(self, seed, split="heldout", scenes=200):
+        """Cross-entropy per token of all answers about so many symbolic scenes, and the share of right ones."""
+        total, tokens = 0.0, 0
+        for first in range(0, scenes, 50):
+            ids, targets, _, cells, _ = self.batch(seed, split, range(first, min(scenes, first + 50)))
+            at = targets != IGNORE
+            logits = self.llm.head(self(ids, cells)[at]).double()                    # (M, V)
+            total += F.cross_entropy(logits, targets[at], reduction="sum").item()
+            tokens += int(at.sum())
+        return {"loss": total / tokens, "tokens": tokens, "right": self.gate(seed, split, scenes)["all"]}
+
+
+def reading(llm, tokenizer, slots="assets/toy/slots.safetensors", seed=0, scenes=200):
+    """What is left of what an LLM could read before it saw pictures: Reader.held_out of a trained model's."""
+    reader = Reader(llm.config, seed, tokenizer)
+    reader.llm, reader.slots.data = llm, load_file(slots)["slots"]
+    return reader.held_out(seed, "heldout", scenes)
 
 
 def pupil(part, seed, tokenizer, config=None):
