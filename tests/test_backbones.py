@@ -71,8 +71,8 @@ def test_the_shipped_llama_reads_a_scene_that_is_spelt_out():
     reader.llm.load_state_dict(model.llm.state_dict())
     reader.slots.data = load_file(ASSETS / "slots.safetensors")["slots"]
     scores = reader.gate(seed=7, scenes=200)
-    assert scores["all"] >= .97, scores
-    assert min(scores.values()) >= .88, scores             # a kind comes 50 to 400 times: room for chance
+    assert scores["all"] >= .975, scores
+    assert min(scores.values()) >= .93, scores             # a kind comes 50 to 400 times: room for chance
 
 
 def test_the_shipped_vit_tells_what_lies_where_by_a_linear_probe():
