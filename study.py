@@ -75,21 +75,24 @@ def table(head, rows):
     for row in rows: print("| " + " | ".join(row) + " |")
 
 
-def one_seed(seed):
-    """The three stages as train.py has them. -> {(stage, data): scores}; stage 0 is what stage 1 starts from."""
+def look(job):
+    """Scores on both held-out sets, {(stage, data): scores}: of stage 0, the stand-ins, or of a seed's three stages."""
+    seed, stages = job
     home, found = OUT / f"seed{seed}", {}
-    for stage in (0, 1, 2, 3):
-        out = home / f"stage{stage}"
-        if stage: train(stage, out, seed)
+    for stage in stages:
+        if stage: train(stage, home / f"stage{stage}", seed)
         for data in ("heldout", "compositional"):
-            found[stage, data] = examine(out if stage else "assets/toy", home / f"{data}{stage}", data)
+            ckpt = home / f"stage{stage}" if stage else "assets/toy"
+            found[stage, data] = examine(ckpt, home / f"{data}{stage}", data)
     return found
 
 
 def seeds(pool, runs):
-    found = list(pool.map(one_seed, range(runs)))
+    *found, before = pool.map(look, [*((seed, (1, 2, 3)) for seed in range(runs)), ("s", (0,))])
+    found = [before | f for f in found]
     table(["held out, generated", "before", "after stage 1", "stage 2", "stage 3"], [
-        [name + ", unseen pairs" * unseen] + [show([value(f[stage, data], *row) for f in found]) for stage in range(4)]
+        [name + ", unseen pairs" * unseen] + [show([value(f[stage, data], *row) for f in found[:runs if stage else 1]])
+                                              for stage in range(4)]
         for unseen, rows in enumerate((ROWS, UNSEEN)) for name, (data, *row) in rows.items()])
     return {f"{name}, {data}": [[value(f[stage, data], *row) for f in found] for stage in range(4)]
             for rows in (ROWS, UNSEEN) for name, (data, *row) in rows.items()}
