@@ -11,6 +11,7 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import lru_cache
 
 import torch
 from torch import nn
@@ -111,7 +112,7 @@ PRESETS = {      # functions, so that nobody changes a shared default
 
 def attend(q, k, v, mask=None, causal=False):
     """Softmax attention: q (B,H,T,hd), k and v (B,K,S,hd) -> (B,H,T,hd)."""
-    if q.device.type == "cpu" and q.dtype == torch.bfloat16:     # CPU kernels for it are slower than fp32's
+    if q.dtype == torch.bfloat16 and q.device.type == "cpu":     # CPU kernels for it are slower than fp32's
         with torch.autocast("cpu", enabled=False):
             return attend(q.float(), k.float(), v.float(), mask, causal).bfloat16()
     gqa = q.shape[1] != k.shape[1]
@@ -211,24 +212,37 @@ class RMSNorm(nn.Module):
 
 
 class Cache:
-    """Keys and values of all layers in one allocation; `length` positions of every row are filled."""
+    """Keys and values of all layers in one allocation; `length` positions of every row are filled. Also the rotary
+    angles of all `room` positions, made once."""
 
-    def __init__(self, c: LlamaConfig, rows, length, device, dtype, inner=0):        # inner: layers of a branch
+    def __init__(self, c: LlamaConfig, rows, room, device, dtype, inner=0):          # inner: layers of a branch
         hd = c.width // c.heads
-        self.kv = torch.zeros(c.layers + inner, 2, rows, c.kv_heads, length, hd, device=device, dtype=dtype)
-        self.length = 0
+        self.kv = torch.zeros(c.layers + inner, 2, rows, c.kv_heads, room, hd, device=device, dtype=dtype)
+        self.length, self.room = 0, room
+        self.angles = angles(torch.arange(room, device=device), frequencies(c, device), dtype)     # (room, hd) each
+        self.stay = torch.eye(hd, device=device, dtype=dtype)
+        self.swap = self.stay.roll(hd // 2, 0)
+        self.split()
+
+    def split(self): self.layers = [kv.unbind() for kv in self.kv]         # views, each (rows, K, room, hd)
 
     def update(self, layer, k, v):
         """Append k and v (B,K,T,hd) behind what is there and return the whole."""
-        end = self.length + k.shape[2]
-        assert end <= self.kv.shape[4], f"the cache holds {self.kv.shape[4]} positions and {end} are asked for"
-        K, V = self.kv[layer]
-        K[:, :, self.length:end], V[:, :, self.length:end] = k, v
-        return K[:, :, :end], V[:, :, :end]
+        (K, V), T = self.layers[layer], k.shape[2]
+        K.narrow(2, self.length, T).copy_(k)                 # a slice in brackets takes Python twice as long
+        V.narrow(2, self.length, T).copy_(v)
+        return K.narrow(2, 0, self.length + T), V.narrow(2, 0, self.length + T)
+
+    def rotary(self, x, start, T, pad):
+        """As Llama.rotary; for a single position of all rows, the matrix (hd,hd) that turns by it: one kernel a use."""
+        if pad is not None: return [table[places(start, T, pad, x.device)] for table in self.angles]
+        cos, sin = (table.narrow(0, start, T) for table in self.angles)                            # (T, hd)
+        return (cos, sin) if T > 1 else torch.addcmul(self.stay * cos, self.swap, sin)
 
     def select(self, rows):
         """The same cache with these rows (a tensor of numbers, repeats allowed), as beam search needs."""
         self.kv = self.kv.index_select(2, rows)
+        self.split()
 
 
 class LlamaLayer(nn.Module):
@@ -247,17 +261,19 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None, index=0, at=None):           # (B, T, D)
         B, T, D = x.shape
-        h, m = self.attn_norm(x), self._modules                                      # see linear()
+        x, m = x.reshape(B * T, D), self._modules                                    # see linear()
+        h = norm(x, m["attn_norm"])
         q = rotate(linear(h, m["q"]).view(B, T, self.heads, self.hd).transpose(1, 2), rotary)        # (B, H, T, hd)
         k = rotate(linear(h, m["k"]).view(B, T, self.kv_heads, self.hd).transpose(1, 2), rotary)     # (B, K, T, hd)
         v = linear(h, m["v"]).view(B, T, self.kv_heads, self.hd).transpose(1, 2)
         causal = mask is None and T > 1
         if cache is not None: k, v = cache.update(index, k, v)
-        y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, -1)          # (B, T, H*hd)
-        if at is not None: x, y = (t.flatten(0, 1).index_select(0, at) for t in (x, y))            # (M, D)
+        y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B * T, -1)         # (B*T, H*hd)
+        if at is not None: x, y = x.index_select(0, at), y.index_select(0, at)       # (M, D)
         x = x + linear(y, m["o"])
-        h = self.mlp_norm(x)
-        return x + linear(F.silu(linear(h, m["gate"])) * linear(h, m["up"]), m["down"])
+        h = norm(x, m["mlp_norm"])
+        x = x + linear(F.silu(linear(h, m["gate"])) * linear(h, m["up"]), m["down"])
+        return x if at is not None else x.view(B, T, D)
 
 
 def linear(x, layer):
@@ -266,10 +282,36 @@ def linear(x, layer):
     return F.linear(x, layer._parameters["weight"])
 
 
+def norm(x, layer):
+    """layer(x). On a CPU F.rms_norm is twelve kernels; where nothing needs a gradient, these five are the same."""
+    if torch.is_grad_enabled() or x.dtype != torch.float32 or not x.is_cpu: return layer(x)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+    mean = torch.addcmul(constant(layer.eps), length, length, value=1 / x.shape[-1])
+    return mean.rsqrt_().mul(x).mul_(layer._parameters["weight"])
+
+
+@lru_cache
+def constant(value): return torch.tensor(value)              # as a number it would be made a tensor in every call
+
+
 def rotate(x, rotary):
     """Rotary positions in Hugging Face's layout: dimension i turns with dimension i + hd/2, not with its neighbour."""
-    cos, sin = rotary                                        # (1 or B, 1, T, hd); sin is negative in its first half
+    if isinstance(rotary, torch.Tensor): return x @ rotary   # see Cache.rotary
+    cos, sin = rotary                                        # (T, hd) or (B, 1, T, hd)
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+
+
+def places(start, T, pad, device):
+    """Positions start ... start+T-1, (T,), or counted from each row's first real token, (B, 1, T)."""
+    at = torch.arange(start, start + T, device=device)
+    return at if pad is None else (at - pad[:, None, None]).clamp(min=0)
+
+
+def angles(at, frequencies, dtype):
+    """cos and sin, (..., hd) each, at these positions; sin is negative in its first half."""
+    angle = at[..., None] * frequencies                                              # (..., hd/2)
+    angle = torch.cat((-angle, angle), dim=-1)
+    return angle.cos().to(dtype), angle.sin().to(dtype)
 
 
 def frequencies(c: LlamaConfig, device):
@@ -342,28 +384,26 @@ class Llama(nn.Module):
     def forward(self, x, cache=None, pad=None, at=None, tree=None):
         if not x.is_floating_point(): x = self.ends.embed(x)
         start, T = (cache.length if cache else 0), x.shape[1]
-        if tree: rotary, mask = self.rotary(x[:, :1], tree[0], pad), tree[1]
-        else: rotary, mask = self.rotary(x, start, pad), attention_mask(start, T, pad, x.device)
+        room = cache.room if cache else T
+        assert start + T <= room, f"the cache holds {room} positions and {start + T} are asked for"
+        mask = tree[1] if tree else attention_mask(start, T, pad, x.device)
+        rotary = (cache or self).rotary(x, *((tree[0], 1) if tree else (start, T)), pad)
         layers = list(self.stack())
         for layer, i in layers:
             args = x, rotary, mask, cache, i, (at if layer is layers[-1][0] else None)
             x = checkpoint(layer, *args, use_reentrant=False) if self.recompute and x.requires_grad else layer(*args)
         if cache: cache.length += T
-        return self.ends.norm(x)
+        return norm(x, self.ends.norm)
 
     def head_weight(self): return self.ends.embed.weight if self.config.tied else self.ends.lm_head.weight
 
     def head(self, hidden): return F.linear(hidden, self.head_weight())
 
-    def rotary(self, x, start, pad):
+    def rotary(self, x, start, T, pad):
         """cos and sin for positions start ... start+T-1, counted from each row's first real token."""
         if self.rotary_base is None or self.rotary_base.device != x.device:
             self.rotary_base = frequencies(self.config, x.device)    # no buffer: .to(bf16) would round its positions
-        at = torch.arange(start, start + x.shape[1], device=x.device)[None]          # (1, T)
-        if pad is not None: at = (at - pad[:, None]).clamp(min=0)                    # (B, T)
-        angle = at[:, None, :, None] * self.rotary_base                              # (1 or B, 1, T, hd/2)
-        angle = torch.cat((-angle, angle), dim=-1)                                   # (1 or B, 1, T, hd)
-        return angle.cos().to(x.dtype), angle.sin().to(x.dtype)
+        return angles(places(start, T, pad, x.device), self.rotary_base, x.dtype)
 
 
 def attention_mask(start, T, pad, device):

@@ -87,13 +87,13 @@ def generate_ids(model, images, tokens, image_index=None, max_new_tokens=64, min
     else:
         cache = Cache(model.config.llm, B, T + max_new_tokens, x.device, x.dtype, model.llm.inner)
         choose = greedy if temperature == 0 else sampler(temperature, top_k, top_p, seed, B, max_new_tokens, x.device)
-        new, done = [], torch.zeros(B, dtype=torch.bool, device=x.device)
+        new, done, ask = [], set(), 1 if x.device.type == "cpu" else 8
         for token in steps(model.llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
             new.append(token)
-            done |= token == eos
             if on_token: on_token(token.tolist())
-            # asking waits for the device; a GPU runs ahead of Python, so it is asked now and then
-            if (x.device.type == "cpu" or len(new) % 8 == 0) and done.all(): break
+            if len(new) % ask: continue                        # asking waits for a GPU, which runs ahead of Python
+            for ids in new[-ask:]: done.update(b for b, i in enumerate(ids.tolist()) if i == eos)
+            if len(done) == B: break
         rows = torch.stack(new, 1).tolist() if new else [[] for _ in tokens]
     return [row[:row.index(eos)] if eos in row else row for row in rows]
 
@@ -126,10 +126,10 @@ def steps(llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
     """Yields the next token of every row, (B,), and takes it into the cache when asked for another."""
     for n in range(max_new_tokens):
         logits = next_logits(llm, cache, x, pad)
-        if n < min_new_tokens: logits[:, eos] = -torch.inf
+        if n < min_new_tokens: logits.select(1, eos).fill_(-torch.inf)
         token = choose(logits, n)
         yield token
-        x = llm.ends.embed(token[:, None]).to(x.dtype)                               # (B, 1, D)
+        x = F.embedding(token[:, None], llm.ends.embed.weight).to(x.dtype)           # (B, 1, D)
 
 
 def greedy(logits, n): return logits.argmax(-1)
