@@ -11,11 +11,13 @@ import io
 import itertools
 import math
 import mmap
-import multiprocessing
 import os
 import re
+import signal
+import sys
 import warnings
 import weakref
+import zlib
 from collections import Counter, deque
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -35,7 +37,10 @@ CROP_SCALE = (0.5, 1.0)                # share of the area that a random crop ke
 BUCKET = 16                            # T and the supervised count are rounded up to this: few shapes, 1% waste
 WINDOW = 128                           # steps whose rows are sorted by length together; 1 keeps every batch mixed
 ROUND = 4096                           # rows after which the mixture's shares are exact
+METHOD = "fork" if sys.platform == "linux" else None       # of loader processes, whatever Python's own habit: a child of
+#                                        the helper that newer Pythons fork from outlives a training that was killed
 TRIES = 100                            # unreadable samples in a row before we give up
+KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")    # Pillow has more; one runs Ghostscript
 PIXELS = 89_000_000                    # an image that claims more is a bomb or a mistake
 warnings.simplefilter("ignore", Image.DecompressionBombWarning)        # Pillow warns where we refuse
 
@@ -107,8 +112,10 @@ def peek(ref, where=""):
     where = f"{where}: image {path}" if size < 0 else where
     with pillow(where):
         if size < 0 and not os.path.isfile(path): raise BadInput(f"{where}: is no file; mend or remove the record")
-        image = Image.open(path if size < 0 else io.BytesIO(read_at(path, offset, size)))
-        if image.width * image.height > PIXELS: raise BadInput(f"{where}: has over {PIXELS} pixels; shrink it")
+        image = Image.open(path if size < 0 else io.BytesIO(read_at(path, offset, size)), formats=KINDS)
+        plain = image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
+        most = PIXELS if plain else PIXELS // 4                # the others take up to four copies on their way to RGB
+        if image.width * image.height > most: raise BadInput(f"{where}: has over {most} pixels; shrink it")
         exif = image.format != "PNG" or "exif" in image.info   # a PNG without would be decoded for the asking
         try: turn = image.getexif().get(0x0112, 1) if exif else 1
         except Exception: turn = 1                             # a broken EXIF block is common, and the picture is fine
@@ -237,14 +244,17 @@ def encode_prompt(tokenizer, text, visual, bos=True):
     return ids
 
 
-def encode_turns(tokenizer, turns, visual):
+def encode_turns(tokenizer, turns, visual, context=math.inf):
     """(prompt, answer) turns -> tokens, targets, equally long and shifted: targets[t] is to be predicted at t.
-    An answer of None ends the sequence after its prompt, ready for generation."""
+    An answer of None ends the sequence after its prompt, ready for generation. Turns behind the context are left out,
+    but for the one that shows that there are any."""
     ids, wanted = [], []
     for i, (text, answer) in enumerate(turns):
         asked = encode_prompt(tokenizer, text, visual, bos=i == 0)
         said = [] if answer is None else tokenizer.encode(answer) + [tokenizer.eos]
-        ids, wanted = ids + asked + said, wanted + [IGNORE] * len(asked) + said
+        ids += asked + said
+        wanted += [IGNORE] * len(asked) + said
+        if len(ids) > context + 1: break
     if turns[-1][1] is None: return ids, wanted[1:] + [IGNORE]
     return ids[:-1], wanted[1:]                                        # nothing follows the last EOS: it is no input
 
@@ -315,6 +325,12 @@ def shuffled(i, n, key):
     return i.astype(np.int64)
 
 
+def stay(worker):
+    """A loader process outlives the signals that a terminal or a scheduler sends to all. It leaves when its parent
+    does, which may have a step to finish."""
+    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+
+
 class Data:
     """A mixture, ready to be trained on or evaluated. Every batch is a pure function of (seed, step): see rows."""
     def __init__(self, mixture, tokenizer, image_size, visual, context, batch=1, seed=0, train=True, image_mark=MARK,
@@ -327,6 +343,7 @@ class Data:
         weights = np.array([s.weight or len(s) for s in self.sources], float)
         self.shares = np.maximum(1, np.floor(weights / weights.sum() * ROUND)).astype(int)     # rows of a ROUND
         self.shares[self.shares.argmax()] += ROUND - self.shares.sum()
+        self.digest = zlib.crc32(self.shares)                          # of shares, records' lengths and 64 texts each
         self.lengths = [self.estimate(s) for s in range(len(self.sources))]
         self.drawn = None, None                                        # the window last drawn
 
@@ -338,9 +355,12 @@ class Data:
         Also the first look at a source: if none of the 64 can be read, it is said now."""
         source, seen, first = self.sources[s], [], None
         for number in np.unique(np.linspace(0, len(source) - 1, 64).astype(int)).tolist():
-            try: seen.append((source.bytes[number], sum(t != IMAGE for t in self.text(source, number, 0)[0])))
-            except BadInput as e: first = first or e
+            try: tokens = self.text(source, number, 0)[0]
+            except BadInput as e: first = first or e; continue
+            self.digest = zlib.crc32(np.array(tokens), self.digest)
+            seen.append((source.bytes[number], sum(t != IMAGE for t in tokens)))
         if not seen: raise first
+        self.digest = zlib.crc32(source.bytes.astype(np.int64), self.digest)
         slope, base = np.polyfit(*np.array(seen, float).T, 1) if len(dict(seen)) > 2 else (0, seen[0][1])
         images = 1 if source.marks is None else source.marks
         return (base + slope * source.bytes + images * self.visual).clip(1, self.context).astype(np.int32)
@@ -382,15 +402,15 @@ class Data:
         rng = np.random.default_rng((self.seed, 3, step, self.sources.index(source), number))
         answer = record.answers[rng.integers(len(record.answers))] if self.train else common(record.answers)
         views, size, region = [], None, WHOLE
-        for image, size in (peek(ref, record.where) for ref in record.refs):
+        for image, size in (peek(ref, record.where) for ref in record.refs[:self.context // self.visual + 1]):
             region = random_region(size, rng) if self.train and source.crop else WHOLE
             if TASKS[source.task].pad: region = padded_region(size)
             views.append((image, region))
         turns = pose(record, source.task, answer, self.image_mark, size, region)
-        tokens, targets = encode_turns(self.tokenizer, turns, self.visual)
+        tokens, targets = encode_turns(self.tokenizer, turns, self.visual, self.context)
         cut = truncate(tokens, self.context)
         if cut < len(tokens) and not self.train or all(t == IGNORE for t in targets[:cut]):
-            raise BadInput(f"{record.where}: {len(tokens)} tokens exceed the context of {self.context}; shorten it")
+            raise BadInput(f"{record.where}: its tokens exceed the context of {self.context}; shorten it")
         return tokens[:cut], targets[:cut], views[:tokens[:cut].count(IMAGE) // self.visual]
 
     def sample(self, source, number, step):
@@ -403,7 +423,7 @@ class Data:
         """The sample, or the next readable one of its source: the choice depends on the number alone."""
         for n in range(min(TRIES, len(source))):
             try: return self.sample(source, (number + n) % len(source), step)
-            except BadInput as e: bad.append(str(e))
+            except BadInput as e: bad.append(str(e)[:1000])
         raise BadInput(f"source '{source.name}': {n + 1} samples in a row cannot be read; the first: {bad[-n - 1]}")
 
     def micro_batch(self, key, room=None):
@@ -429,9 +449,10 @@ class Data:
         steps = itertools.count(start) if steps is None else range(start, start + steps)
         keys = ((step, rank, world, micro, accum) for step in steps for micro in range(accum))
         shelf = Shelf(self, self.batch // (world * accum), workers, prefetch + 2 * accum)
+        more = dict(prefetch_factor=prefetch, multiprocessing_context=METHOD) if workers else {}
         loader = torch.utils.data.DataLoader(
             shelf, batch_size=None, sampler=shelf.jobs(keys), num_workers=workers,
-            generator=torch.Generator(), **({"prefetch_factor": prefetch} if workers else {}))
+            generator=torch.Generator(), worker_init_fn=stay, **more)
         micro = []
         for batch in loader:
             if isinstance(batch, BadInput): raise batch
@@ -463,7 +484,7 @@ class Shelf:
 
     def __init__(self, data, rows, workers, places):
         self.data, self.shape = data, (rows, data.image_size, data.image_size, 3)
-        workers, forked = max(1, workers), multiprocessing.get_start_method() == "fork"
+        workers, forked = max(1, workers), METHOD == "fork"
         self.memory = [mmap.mmap(-1, math.prod(self.shape)) for _ in range(workers * places if forked else 0)]
         self.free = [list(range(w, len(self.memory), workers)) for w in range(workers)]
         self.lent = deque()                                            # the place of each batch under way, or None

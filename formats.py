@@ -10,13 +10,15 @@ import dataclasses
 import functools
 import glob
 import hashlib
+import io
 import json
-import math
 import os
 import re
+import time
 import tomllib
+import zlib
 from array import array
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +47,18 @@ def reading(path):
 def opened(path): return open(path, "rb", buffering=0)
 
 
+INDEXED = {}                           # path -> size and time that the file had when it was indexed
+
+
+def state(stat): return stat.st_size, stat.st_mtime_ns
+
+
 def read_at(path, offset, size):
     """Bytes of a file by position; pread has no file pointer, so forked workers do not disturb one another."""
-    with reading(path): data = os.pread(opened(path).fileno(), size, offset)
+    with reading(path):
+        file = opened(path).fileno()
+        now, data = state(os.fstat(file)), os.pread(file, size, offset)
+    if INDEXED.get(path, now) != now: raise BadInput(f"{path}: has changed since it was indexed; start again")
     if len(data) < size: raise BadInput(f"{path}: ends before byte {offset + size}; if it has changed, start again")
     return data
 
@@ -58,64 +69,117 @@ def whole(path):
 
 def indexed(path, kind, build):
     """build(path) -> int64 array, kept in the user's cache folder until the file's size or time changes."""
-    with reading(path): stat = os.stat(path)
-    key = f"1 {kind} {os.path.realpath(path)} {stat.st_size} {stat.st_mtime_ns}"
+    with reading(path): now = state(os.stat(path))
+    if INDEXED.setdefault(path, now) != now: opened.cache_clear(); INDEXED[path] = now
+    key = f"2 {kind} {os.path.realpath(path)} {now[0]} {now[1]}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoinfmllm"
     cached = folder / (hashlib.sha1(key.encode(errors="replace")).hexdigest() + ".npy")
-    try: return np.load(cached, allow_pickle=False)
+    try:
+        raw = cached.read_bytes()
+        if zlib.crc32(raw[:-4]) != int.from_bytes(raw[-4:], "big"): raise ValueError
+        return np.load(io.BytesIO(raw[:-4]), allow_pickle=False)
     except (OSError, ValueError, EOFError): index = build(path)
+    part, raw = cached.with_suffix(f".{os.getpid()}.part"), io.BytesIO()
     try:                                                       # beside, then renamed: another process never sees half
         folder.mkdir(parents=True, exist_ok=True)
-        part = cached.with_suffix(f".{os.getpid()}.npy")
-        np.save(part, index)
+        for old in folder.glob("*.part"):                      # of a process that was killed
+            if time.time() - old.stat().st_mtime > 3600: old.unlink(missing_ok=True)
+        np.save(raw, index)
+        part.write_bytes(raw.getvalue() + zlib.crc32(raw.getvalue()).to_bytes(4, "big"))
         os.replace(part, cached)
-    except OSError: print(f"note: {folder} cannot be written, so {path} is indexed anew at each start")
+    except OSError:
+        with suppress(OSError): part.unlink(missing_ok=True)
+        print(f"note: {folder} cannot be written, so {path} is indexed anew at each start")
     return index
 
 
-JSON, SPACES = json.JSONDecoder().raw_decode, re.compile(r"[ \t\r\n]*")
+JSON, SPACES = json.JSONDecoder().raw_decode, re.compile(rb"[ \t\r\n]*")
+LONGEST = 2 ** 24                      # bytes of a record; a stranger's longer one could fill any memory with brackets
 
 
-def skip(text, at): return SPACES.match(text, at).end()
+class Values:
+    """The JSON values of a file by position. Python's parser wants text, so it sees the file through a window that
+    moves on; a character per byte (latin-1), so that positions in it are the file's."""
+    def __init__(self, raw): self.raw, self.start, self.text = raw, 0, ""
+    def skip(self, at): return SPACES.match(self.raw, at).end()
+    def is_at(self, at, mark): return self.raw[at:at + 1] == mark
+
+    def at(self, at):
+        """(value, end) of the value that begins here."""
+        for size in (0, 2 ** 18, LONGEST):                     # 0: the window as it is
+            if size: self.start, self.text = at, str(self.raw[at:at + size], "latin-1")
+            elif not self.start <= at < self.start + len(self.text): continue
+            last = self.start + len(self.text) == len(self.raw)
+            try: value, end = JSON(self.text, at - self.start)
+            except json.JSONDecodeError as e:
+                if last: raise ValueError(f"{e.msg} at byte {self.start + e.pos}") from e
+                continue
+            if end < len(self.text) or last: return value, self.start + end            # else it may be half a number
+        raise ValueError(f"nothing of less than {LONGEST} bytes at byte {at}")
+
+    def elements(self, at):
+        """(value, start, end) of each element of the list that begins here."""
+        at = self.skip(at + 1)
+        while not self.is_at(at, b"]"):
+            value, end = self.at(at)
+            yield value, at, end
+            at = self.skip(end)
+            if self.is_at(at, b","): at = self.skip(at + 1)
+            elif not self.is_at(at, b"]"): raise ValueError(f"',' or ']' expected at byte {at}")
+
+    def find_array(self, key):
+        """Position of the top-level array, or of the array under `key` of the top-level object."""
+        at = self.skip(3 if self.raw.startswith(b"\xef\xbb\xbf") else 0)
+        while key is not None:                                 # walk the object's keys, stop behind the one we want
+            if self.raw[at:at + 1] not in (b"{", b","): raise ValueError(f"it is not an object with a list '{key}'")
+            name, at = self.at(self.skip(at + 1))
+            at = self.skip(at)
+            if not self.is_at(at, b":"): raise ValueError(f"':' expected at byte {at}")
+            at = self.skip(at + 1)
+            if name == key: break
+            if self.is_at(at, b"["):                           # element by element: it may be long
+                end = max((end for _, _, end in self.elements(at)), default=at + 1)
+                at = self.skip(self.skip(end) + 1)
+            else: at = self.skip(self.at(at)[1])
+        if not self.is_at(at, b"["): raise ValueError(f"'{key}' is not a list" if key else "it is not a list")
+        return at
 
 
-def find_array(text, key):
-    """Position of the first element of the top-level array, or of the array under `key` of the top-level object."""
-    at = skip(text, 3 if text.startswith("\xef\xbb\xbf") else 0)
-    while key is not None:                                     # walk the object's keys, stop behind the one we want
-        if text[at:at + 1] not in ("{", ","): raise ValueError(f"it is not an object with a list '{key}'")
-        name, at = JSON(text, skip(text, at + 1))
-        at = skip(text, at)
-        if text[at:at + 1] != ":": raise ValueError(f"':' expected at byte {at}")
-        at = skip(text, at + 1)
-        if name == key: break
-        at = skip(text, JSON(text, at)[1])
-    if text[at:at + 1] != "[": raise ValueError(f"'{key}' is not a list" if key else "it is not a list")
-    return skip(text, at + 1)
+def plausible(rows, stop):
+    """An index takes 32 bytes a row: no file of nothing but brackets may ask for many times its own size."""
+    if len(rows) > 2 ** 22 and 2 * len(rows) > stop: raise ValueError("it has more records than its bytes can hold")
 
 
 def scan_json(raw, key, tags):
     """Rows (start, stop, tag, images) of the records of a JSON list; tags(record) gives an integer per row."""
-    text, rows = str(raw, "latin-1"), array("q")               # a character per byte: positions in it are the file's
-    at = find_array(text, key)
-    while text[at:at + 1] != "]":
-        record, end = JSON(text, at)
-        for tag in tags(record): rows.extend((at, end, tag, text.count("<image>", at, end)))
-        at = skip(text, end)
-        if text[at:at + 1] == ",": at = skip(text, at + 1)
-        elif text[at:at + 1] != "]": raise ValueError(f"',' or ']' expected at byte {at}")
+    values, rows = Values(raw), array("q")
+    for record, at, end in values.elements(values.find_array(key)):
+        for tag in tags(record): rows.extend((at, end, tag, raw.count(b"<image>", at, end)))
+        plausible(rows, end)
     return rows
+
+
+def lines(raw):
+    """(start, stop) of the lines that hold more than a carriage return."""
+    at = 3 if raw.startswith(b"\xef\xbb\xbf") else 0
+    while at < len(raw):
+        stop = raw.find(b"\n", at + 2 ** 22) if len(raw) > at + 2 ** 22 else len(raw)
+        if stop < 0: stop = len(raw)
+        ends = np.append(np.flatnonzero(np.frombuffer(raw, np.uint8, stop - at, at) == 10) + at, stop)
+        starts = np.concatenate(([at], ends[:-1] + 1))
+        full = ends - starts > 1
+        yield from zip(starts[full].tolist(), ends[full].tolist())
+        at = stop + 1
 
 
 def scan_lines(raw, tags):
     """The same of a JSON-lines file; lines are not parsed where tags is None, so a million take two seconds."""
-    ends = np.flatnonzero(np.frombuffer(raw + b"\n", np.uint8) == 10)
-    starts = np.concatenate(([3 if raw[:3] == b"\xef\xbb\xbf" else 0], ends[:-1] + 1))
-    full, rows = ends - starts > 1, array("q")                                          # not empty, not \r alone
-    for start, end in zip(starts[full].tolist(), ends[full].tolist()):
-        try: numbers = tags(json.loads(raw[start:end])) if tags else (0,)
+    rows = array("q")
+    for start, end in lines(raw):
+        try: numbers = tags(json.loads(raw[start:end])) if tags and end - start <= LONGEST else (0,)
         except (ValueError, RecursionError): numbers = (0,)                             # said when it is read
         for tag in numbers: rows.extend((start, end, tag, raw.count(b"<image>", start, end)))
+        plausible(rows, end)
     return rows
 
 
@@ -125,21 +189,26 @@ def json_index(path, key=None, by=""):
     def build(path):
         raw = whole(path)
         if raw[:2] in (b"\xff\xfe", b"\xfe\xff"): raise BadInput(f"{path}: is UTF-16; save it as UTF-8")
-        lines = key is None and raw[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
-        try: rows = scan_lines(raw, tags) if lines else scan_json(raw, key, tags or (lambda record: (0,)))
+        of_lines = key is None and raw[:64].lstrip(b"\xef\xbb\xbf \t\r\n")[:1] == b"{"
+        try: rows = scan_lines(raw, tags) if of_lines else scan_json(raw, key, tags or (lambda record: (0,)))
         except (ValueError, RecursionError) as e:
             raise BadInput(f"{path}: is not the JSON it should be ({e}); fetch it again or check `format`") from e
-        return np.array(rows, np.int64).reshape(-1, 4)
+        return np.asarray(rows, np.int64).reshape(-1, 4)
     return indexed(path, f"json {key} {by}", build)
 
 
 def json_at(path, start, stop, where):
-    raw = read_at(path, start, stop - start)
+    raw = read_at(path, start, within(stop - start, where))
     try: record = json.loads(raw.decode())
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{where}: is not valid JSON in UTF-8 ({e}); mend or remove it") from e
     if not isinstance(record, dict): raise BadInput(f"{where}: is {type(record).__name__}, not an object; remove it")
     return record
+
+
+def within(size, where):
+    if size > LONGEST: raise BadInput(f"{where}: has {size} bytes, and {LONGEST} are the most; shorten or remove it")
+    return size
 
 
 def tag_by(key):
@@ -164,6 +233,15 @@ def match(keys, among):
     return np.where(among[at] == keys, at, -1)
 
 
+def extended(raw):
+    """The pairs of an extended tar header, "<length> <key>=<value>\\n" each."""
+    pairs, at = {}, 0
+    while (found := re.compile(rb"(\d{1,9}) ([^=]{1,99})=").match(raw, at)) and at + int(found[1]) > found.end():
+        value, at = raw[found.end():at + int(found[1]) - 1], at + int(found[1])
+        if found[2] == b"path" or found[2] == b"size" and value.isdigit() and len(value) < 20: pairs[found[2]] = value
+    return pairs
+
+
 def scan_tar(path):
     """Rows (image offset, image size, caption offset, caption size, is JSON) of a webdataset tar; -1: not there.
     Headers alone are read: name, size, next. tarfile would make an object per member."""
@@ -177,9 +255,10 @@ def scan_tar(path):
         if size < 0 or body + size > end: raise BadInput(f"{path}: ends inside a member (byte {at}); fetch it again")
         at = body + (size + 511) // 512 * 512
         if kind == b"L": name, size = read_at(path, body, size).rstrip(b"\0"), None; continue
-        if kind in b"xg":                                                               # "<length> <key>=<value>\n"
-            pairs = dict(re.findall(rb"\d+ ([^=\n]+)=([^\n]*)\n", read_at(path, body, size))) if kind == b"x" else {}
-            name, size = pairs.get(b"path", name), int(pairs[b"size"]) if pairs.get(b"size", b"").isdigit() else None
+        if kind in b"xg":
+            pairs = extended(read_at(path, body, size)) if kind == b"x" else {}
+            name, size = pairs.get(b"path", name), int(pairs.get(b"size") or b"-1")
+            size = None if size < 0 else size
             continue
         if name is None:
             name = head[:100].split(b"\0")[0]
@@ -192,6 +271,7 @@ def scan_tar(path):
             if ending not in ("txt", "json"): row[:2] = body, size
             elif ending == "txt" or row[2] < 0: row[2:] = body, size, int(ending == "json")
         name = size = None
+    if 0 < end < at + 512: raise BadInput(f"{path}: is cut, its end mark is missing; fetch it again")
     return np.array(list(samples.values()), np.int64).reshape(-1, 5)
 
 
@@ -231,6 +311,7 @@ def clean(text, where):
     if not isinstance(text, str): raise BadInput(f"{where}: holds {type(text).__name__} where text is due; mend it")
     try: text.encode()
     except UnicodeEncodeError as e: raise BadInput(f"{where}: holds half a character (a surrogate); mend it") from e
+    if len(text) > LONGEST // 16: raise BadInput(f"{where}: holds a text of {len(text)} characters; shorten it")
     if HERE in text: raise BadInput(f"{where}: holds the reserved mark {HERE}; remove it")
     return text
 
@@ -249,7 +330,7 @@ def caption_shards(source):
         where = f"{tar}: {key}"
         if image < 0: raise BadInput(f"{where}: has a caption but no image; remove it")
         if text < 0: raise BadInput(f"{where}: has neither .txt nor .json beside it; remove it")
-        raw = read_at(tar, text, length)
+        raw = read_at(tar, text, within(length, where))
         try: fields = json_at(tar, text, text + length, where) if is_json else {"caption": raw.decode()}
         except UnicodeDecodeError as e: raise BadInput(f"{where}: its caption is not UTF-8; mend it") from e
         caption = need(fields, "caption", str, where)
@@ -401,8 +482,8 @@ class Source:
             self.wrong("format 'vqa' needs `annotations`, or `questions` and `annotations`; add them")
         if self.task not in (None, task) and (task, self.task) != ("ground", "region"):
             self.wrong(f"format '{self.format}' has the task '{task}', not '{self.task}'; remove `task`")
-        if self.weight is not None and not (math.isfinite(self.weight) and self.weight > 0):
-            self.wrong(f"weight {self.weight} is not positive; mend it")
+        if self.weight is not None and not (0 < self.weight < 1e9):
+            self.wrong(f"weight {self.weight} is not between 0 and 1e9; mend it")
         self.task = self.task or task
         can = self.task in CROPPED
         if self.crop and not can: self.wrong(f"task '{self.task}' may not be cropped; remove `crop`")
@@ -431,6 +512,7 @@ class Source:
     def image(self, name, where):
         """A name in an annotation file as (path, 0, -1). It may not lead out of the folder: a stranger wrote it."""
         if self.images is None: raise BadInput(f"{where}: names an image; add `images`, its folder, to {self.toml}")
+        if len(name) > 4096: raise BadInput(f"{where}: image {name[:60]!r}... has too long a name for a file; mend it")
         with reading(f"{where}: image {name!r}"):
             path = os.path.normpath(os.path.join(self.folder, name))
             real = path if self.links else os.path.realpath(path)
@@ -442,7 +524,7 @@ class Source:
 def load_mixture(path, train=True):
     """A mixture TOML -> its sources, opened. Relative paths are relative to the TOML file."""
     try: tables = tomllib.loads(whole(path).decode())
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError, RecursionError) as e:
+    except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: is not valid TOML ({e}); mend it") from e
     tables = tables.get("source") if set(tables) == {"source"} else None
     if not isinstance(tables, list) or not tables or not all(isinstance(table, dict) for table in tables):

@@ -343,7 +343,7 @@ def whole(p):
 
 def same_everywhere(run):
     """A rank that was started with other flags or sees other data would train something that nobody asked for."""
-    mine = json.dumps([run.s, run.data.counts], sort_keys=True, default=str)
+    mine = json.dumps([run.s, run.data.counts, run.data.digest], sort_keys=True, default=str)
     digest = zlib.crc32(mine.encode())
     if run.agree(digest)[0] != digest * run.world:
         raise BadInput(f"rank {run.rank} of {run.world}: the ranks differ in flags or data; start all with the same")
@@ -481,7 +481,8 @@ def save(run):
                            "lower --lr")
     tensors |= run.originals or {}
     meters = {k: v.item() for k, v in run.meters.items() if k not in ("norm", "worst")}
-    state = {"step": run.step, "settings": run.s, "meters": meters, "counts": run.data.counts, "bad": run.bad}
+    state = {"step": run.step, "settings": run.s, "meters": meters, "counts": run.data.counts,
+             "digest": run.data.digest, "bad": run.bad}
     training = {k: run.s[k] for k in ("stage", *LASTING)} | {"step": run.step}
     try:
         checkpoint.save(path, (run.model.config, tensors), run.tokenizer, training,
@@ -509,9 +510,9 @@ def restore(run, path, state):
     run.bad = state["bad"]
     if run.rank == 0: run.data.bad = run.bad                       # the ranks' counts are summed
     run.meters = {k: v + state["meters"].get(k, 0.0) for k, v in run.meters.items()}
-    if state["counts"] != run.data.counts:
-        raise BadInput(f"{run.s['data']}: the data have changed since {path} ({state['counts']}, now "
-                       f"{run.data.counts}); bring the old ones back, or start a new run with --init {path}")
+    if (state["counts"], state.get("digest", run.data.digest)) != (run.data.counts, run.data.digest):
+        raise BadInput(f"{run.s['data']}: the data have changed since {path} ({state['counts']}, now {run.data.counts} "
+                       f"or other texts); bring the old ones back, or start a new run with --init {path}")
     stored = checkpoint.load_tensors(path / "optimizer.safetensors")
     slots = {f"{name}.{key}": moment for name, p in run.model.named_parameters()
              for key, moment in run.optimizer.state.get(p, {}).items()} | {"steps": run.optimizer.steps}

@@ -2,6 +2,7 @@
 
 The quick part; test_chaos.py does the same at length. Kills: test_resume.py. Bad data: test_data_bad.py.
 """
+import io
 import json
 import math
 import os
@@ -11,11 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 
 import pytest
 import tiny
 import torch
 from faults import (
+    children,
     clean,
     contents,
     disk,
@@ -24,6 +27,7 @@ from faults import (
     forked,
     here,
     interrupted,
+    killed,
     logged,
     lose_a_rank,
     mashed,
@@ -38,8 +42,10 @@ from faults import (
 from test_sample import made
 
 import checkpoint
+import report
 import train
-from data import Tokenizer
+from data import Data, Tokenizer
+from formats import load_mixture
 
 __all__ = ["here", "world", "made"]                                      # fixtures
 
@@ -241,3 +247,131 @@ def test_a_closed_pipe_and_closed_files_end_in_peace_or_in_a_sentence(made):
     assert forked([*common, "--prompt", "hello"], made, closed=(0, 1, 2))[0] == 0
     code, said = forked(common, made, closed=(0,))
     assert code == 2 and said == "a chat reads its questions from the input, and that is closed; add --prompt\n"
+
+
+# ---- data ------------------------------------------------------------------------------------------------------------
+
+def vqa_world(folder, scenes=200):
+    """A world of its own, as its files will be damaged."""
+    tiny.world(folder, scenes=scenes)
+    return folder
+
+
+def bad_count(out):
+    """Unreadable samples as the log, the list and the checkpoint count them."""
+    counts = {[r for r in report.records(out) if "bad" in r][-1]["bad"],
+              len((out / "unreadable.txt").read_text().splitlines()),
+              checkpoint.read_json(checkpoint.find(out) / "state.json")["bad"]}
+    assert len(counts) == 1, counts
+    return counts.pop()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_cannot_be_read_are_counted_the_same_in_a_run_that_was_killed(here, monkeypatch, workers):
+    world = vqa_world(here / "w")
+    for n in (7, 77): (world / f"out/toy/images/{n}.png").write_bytes(b"404")      # 1% of 200
+    settings = ["--steps", 60, "--save-every", 4, "--max-bad", 0.05]
+    straight(world, here / "straight", 1, *settings)
+    data = Data(str(world / "out/toy/stage1.toml"), Tokenizer(tiny.TOKENIZER), 16, 4, 256, batch=8)
+    met = sum(number in (7, 77) for step in range(60) for _, number in data.rows(step).tolist())
+    assert bad_count(here / "straight") == met > 0
+    out, _ = killed(world, here, 1, 4, random.Random(workers), *settings, "--workers", workers)
+    assert bad_count(out) == met and contents(checkpoint.find(out)) == contents(checkpoint.find(here / "straight"))
+
+
+def test_annotations_replaced_under_a_run_are_not_trained_on_and_the_old_ones_go_on(here, capsys):
+    world = vqa_world(here / "w", 24)
+    file, settings = world / "out/toy/captions.json", ["--steps", 200, "--save-every", 1]
+    whole, _ = straight(world, here / "straight", 1, *settings)
+    old, other = file.read_bytes(), file.read_bytes().replace(b"ground", b"ceding")              # as long, still JSON
+    process, = tiny.start(here, *flags(world, 1, *settings, "--out", here / "o", "--workers", 1), slow=0.02)
+    wait_for(lambda: logged(here / "o") >= 3)
+    file.write_bytes(other)                                              # in place: the open file shows other bytes
+    process.join(60)
+    said = tiny.said(here)
+    assert process.exitcode == 2 and f"{file}: has changed since it was indexed; start again" in said, said[-2000:]
+    assert "Traceback" not in said and 3 <= logged(here / "o") < 200
+    one_sentence(capsys, run(*flags(world, 1, "--out", here / "o", "--resume")), "the data have changed since")
+    file.write_bytes(old)
+    process, = tiny.start(here, *flags(world, 1, "--out", here / "o", "--resume"), slow=0.02)
+    at = logged(here / "o")
+    wait_for(lambda: logged(here / "o") >= at + 3)
+    file.with_suffix(".new").write_bytes(other)
+    file.with_suffix(".new").replace(file)                               # renamed into place: the old one stays open
+    process.join(60)
+    assert process.exitcode == 0 and contents(checkpoint.find(here / "o")) == whole
+
+
+def test_ranks_that_see_other_texts_under_the_same_names_are_refused(world, here):
+    other = vqa_world(here / "w", 24)
+    for name in ("vqa", "chat", "captions"):
+        file = other / f"out/toy/{name}.json"
+        file.write_bytes(file.read_bytes().replace(b"red", b"tan"))
+    argv = flags(world, 3, "--steps", 3, "--out", here / "o")
+    argv[argv.index("--data") + 1] = "out/toy/stage3.toml"
+    processes = tiny.start(here, *argv, world=2, places={0: world, 1: other})
+    assert tiny.finish(processes, 120) == [2, 2]
+    for place in (world, other): assert "the ranks differ in flags or data; start all with the same" in tiny.said(place)
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_a_loader_that_the_kernel_kills_ends_the_run_with_a_sentence_and_one_that_is_asked_to_leave_stays(
+        world, here, number):
+    settings = flags(world, 2, "--steps", 60, "--save-every", 1, "--out", here / "o", "--workers", 2)
+    process, = tiny.start(here, *settings, slow=0.02)
+    wait_for(lambda: logged(here / "o") >= 5)
+    os.kill(children(process.pid)[0], number)
+    process.join(60)
+    said = tiny.said(here)
+    assert "Traceback" not in said and process.exitcode == (2 if number == signal.SIGKILL else 0), said[-2000:]
+    if number != signal.SIGKILL: return
+    assert "train.py: a loader process has gone (DataLoader worker (pid" in said and "--resume goes on" in said
+    assert run(*flags(world, 2, "--out", here / "o", "--resume")) == 0 and len(tiny.losses(here / "o")) == 60
+
+
+def tar_source(folder):
+    """A world whose stage 1 reads a tar of 40 samples."""
+    vqa_world(folder, 40)
+    toy = folder / "out/toy"
+    with tarfile.open(toy / "0.tar", "w", format=tarfile.USTAR_FORMAT) as tar:
+        for n in range(40):
+            picture = (toy / f"images/{n}.png").read_bytes()
+            for name, content in ((f"{n}.png", picture), (f"{n}.txt", b"a plain ground")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    (toy / "stage1.toml").write_text('[[source]]\nname = "t"\nformat = "caption-shards"\nshards = "0.tar"\n')
+    return toy / "0.tar"
+
+
+def test_a_tar_that_is_cut_before_or_under_a_run_is_said_and_so_is_a_source_that_nothing_can_be_read_of(here, capsys):
+    world = here / "w"
+    tar = tar_source(world)
+    good, settings = tar.read_bytes(), flags(world, 1, "--steps", 400, "--save-every", 0, "--out", here / "o")
+    for length in (*range(100, 512 * 4, 333), 512 * 2, 512 * 8):
+        tar.write_bytes(good[:length])
+        one_sentence(capsys, run(*settings), "0.tar: ")
+    tar.write_bytes(good)
+    process, = tiny.start(here, *settings, slow=0.02)
+    wait_for(lambda: logged(here / "o") >= 3)
+    with open(tar, "r+b") as f: f.truncate(len(good) // 2)
+    process.join(60)
+    said = tiny.said(here)
+    assert process.exitcode == 2 and "0.tar: has changed since it was indexed" in said and "Traceback" not in said, said
+    tar.write_bytes(good)
+    shutil.rmtree(here / "o")
+    for picture in (world / "out/toy/images").iterdir(): picture.write_bytes(b"")
+    argv = flags(world, 2, "--out", here / "o")
+    one_sentence(capsys, run(*argv), "cannot be read as an image")
+
+
+def test_an_index_that_a_killed_process_left_half_written_is_swept_and_a_damaged_one_made_anew(here, tmp_path):
+    world = vqa_world(here / "w", 24)
+    opened = lambda: load_mixture(world / "out/toy/stage1.toml")[0]
+    first, folder = opened().bytes, here / "cache/nanoinfmllm"
+    (folder / "x.77.part").write_bytes(b"half"), os.utime(folder / "x.77.part", (1, 1))
+    for file in folder.glob("*.npy"):
+        raw = bytearray(file.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        file.write_bytes(raw)
+    assert opened().bytes.tolist() == first.tolist() and not list(folder.glob("*.part"))
