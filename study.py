@@ -37,7 +37,7 @@ ARMS = {     # of the study of adapters: flags of both stages
 FIRST, SECOND, EVERY, BATCH = 150, 300, 100, 32       # of that study: steps of stage 1 and 2, and from look to look
 TUNES = {"frozen, inner adaptors": "inner", "Q and V": "qv", "full": "full"}    # the ViT is frozen in all of them
 RATES = (3e-4, 1e-3)       # peak learning rates of what trains in the LLM ...
-BUDGET = ["--steps", 500, "--batch", 32]   # ... and the length of the runs, the same for every arm
+BUDGET = ["--steps", 300, "--batch", 32]   # ... and the length of the runs, the same for every arm
 
 
 def run(program, *flags):
@@ -130,12 +130,12 @@ def adapters(pool, runs):
 def one_tune(job):
     """Stage 2's mixture after stage 1, that part of the LLM in training. -> scores, and what is left of text"""
     name, rate, seed = job
-    begin, home, scores = OUT / f"seed{seed}/stage1", OUT / f"tune-{TUNES.get(name)}-{rate:g}-{seed}", {}
+    begin, home = OUT / f"seed{seed}/stage1", OUT / f"tune-{TUNES.get(name)}-{rate:g}-{seed}"
     if rate: train(3, home / "run", seed, "--init", begin, "--data", "out/toy/stage2.toml", "--eval-every", 0,
                    "--tune", TUNES[name], "--lr", f"adapter=2e-3,llm={rate:g}", *BUDGET)
     else: train(1, begin, seed)
     ckpt = home / "run" if rate else begin
-    for task in ("caption", "vqa", "ground"): scores |= examine(ckpt, home / task, "heldout", 250, "--task", task)
+    scores = examine(ckpt, home / "asked", "asked", 250)
     model, tokenizer = sample.load_model(ckpt, device="cpu")
     with model.using(None): text = toy.reading(model.llm, tokenizer)       # text alone is the base's, branch or not
     return {n: value(scores, *ROWS[n][1:]) for n in list(ROWS)[:4]} | {
@@ -143,8 +143,11 @@ def one_tune(job):
 
 
 def tune(pool, runs):
+    asked = [f'[[source]]\nname = "{source}"\n{toy.SOURCES[source].format("heldout")}\n' for _, source, _ in
+             list(ROWS.values())[:4] if source != "chat"]
+    Path("out/toy/asked.toml").write_text("".join(dict.fromkeys(asked)))
     start = {seed: one_tune(("stage 1", 0, seed)) for seed in range(runs)}           # the arms begin from these
-    jobs = [(name, rate, seed) for seed in range(runs) for name in TUNES for rate in RATES]
+    jobs = [(name, rate, seed) for seed in range(runs) for rate in RATES for name in TUNES]
     found = dict(zip(jobs, pool.map(one_tune, jobs)))
     rows, names = {"after stage 1": list(start.values())}, list(start[0])
     for name in TUNES:
