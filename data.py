@@ -37,7 +37,7 @@ CROP_SCALE = (0.5, 1.0)                # share of the area that a random crop ke
 BUCKET = 16                            # T and the supervised count are rounded up to this: few shapes, 1% waste
 WINDOW = 128                           # steps whose rows are sorted by length together; 1 keeps every batch mixed
 ROUND = 4096                           # rows after which the mixture's shares are exact
-METHOD = "fork" if sys.platform == "linux" else None       # of loader processes, whatever Python's own habit: a child of
+METHOD = "fork" if sys.platform == "linux" else None       # of loader processes, whatever Python would do: a child of
 #                                        the helper that newer Pythons fork from outlives a training that was killed
 TRIES = 100                            # unreadable samples in a row before we give up
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")    # Pillow has more; one runs Ghostscript
