@@ -108,9 +108,10 @@ def one_arm(job):
         start = []
     train(2, home / "stage2", seed, *start, *short, "--steps", SECOND, "--save-every", EVERY, "--keep", 99)
     way = [examine(home / f"stage2/step-{step:08d}", home / f"boxes{step}", "heldout", 200, "--task", "ground")
-           for step in range(EVERY, SECOND, EVERY)]
-    last = examine(home / "stage2", home / "last", "heldout", 200)
-    return last, [value(scores, "refs", "Acc@0.5") for scores in (*way, last)]
+           for step in range(EVERY, SECOND + 1, EVERY)]
+    last = way[-1]
+    for task in ("caption", "vqa"): last |= examine(home / "stage2", home / task, "heldout", 200, "--task", task)
+    return last, [value(scores, "refs", "Acc@0.5") for scores in way]
 
 
 def adapters(pool, runs):
