@@ -285,7 +285,7 @@ def write_shard(job):
 
 MIXTURES = {   # file -> split, and source -> weight; None: every task of the split, to be evaluated
     "stage1": ("train", {"shards": 1.0}),
-    "stage2": ("train", {"captions": 1.0, "vqa": 3.0, "refs": 3.0, "regions": 1.0}),
+    "stage2": ("train", {"captions": 0.5, "vqa": 2.0, "refs": 5.0, "regions": 0.5}),
     "stage3": ("train", {"chat": 3.0, "captions": 0.5, "vqa": 1.5, "refs": 1.5}),
     "heldout": ("heldout", None),
     "compositional": ("compositional", None),
@@ -319,7 +319,7 @@ def write_split(folder, parts):
 
 def write(out, seed=0, scenes=10_000, workers=2):
     """The world at `out`, whole or not at all: written beside, renamed at the end; toy.json says it is complete."""
-    out, made = Path(out), {"seed": seed, "scenes": scenes, "version": 1}
+    out, made = Path(out), {"seed": seed, "scenes": scenes, "version": 2}
     if (out / "toy.json").is_file() and json.loads((out / "toy.json").read_text()) == made: return False
     if out.exists() and not (out / "toy.json").is_file() and any(out.iterdir()):
         raise BadInput(f"{out}: holds something that is not a toy world; name another --out")

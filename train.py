@@ -66,8 +66,8 @@ class Stage:
 
 TOY = {
     1: Stage(300, 64, 64, {"adapter": 5e-3}, None, None),
-    2: Stage(1000, 64, 64, {"vit": 3e-4, "adapter": 2e-3, "llm": 3e-4}, None, None, weight_decay=0.01),
-    3: Stage(400, 64, 64, {"adapter": 3e-4, "llm": 3e-4}, None, None, weight_decay=0.01, text=160, answer=48),
+    2: Stage(800, 64, 64, {"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3}, None, None, weight_decay=0.01),
+    3: Stage(300, 64, 64, {"adapter": 3e-4, "llm": 3e-4}, None, None, weight_decay=0.01, text=160, answer=48),
 }
 PAPER = {
     # batch 1024, 224 px, alignment on web-scale pairs [published]; a projector's 1e-3 [LLaVA-1.5]
