@@ -272,8 +272,8 @@ class LlamaLayer(nn.Module):
         if at is not None: x, y = x.index_select(0, at), y.index_select(0, at)       # (M, D)
         x = x + linear(y, m["o"])
         h = norm(x, m["mlp_norm"])
-        x = x + linear(F.silu(linear(h, m["gate"])) * linear(h, m["up"]), m["down"])
-        return x if at is not None else x.view(B, T, D)
+        y = linear(F.silu(linear(h, m["gate"])) * linear(h, m["up"]), m["down"])     # (B*T, D) or (M, D)
+        return x + y if at is not None else x.view(B, T, D) + y.view(B, T, D)        # no view: fully_shard warns of one
 
 
 def linear(x, layer):
