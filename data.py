@@ -103,7 +103,7 @@ def pillow(where):
     except BadInput: raise
     except Exception as e:
         why = " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())
-        raise BadInput(f"{where}: cannot be read as an image ({why}); fetch it again or remove the record") from e
+        raise BadInput(f"{where}: cannot be read as an image ({why}); fetch it again or leave it out") from e
 
 
 def peek(ref, where=""):

@@ -523,7 +523,8 @@ class Source:
 
 def load_mixture(path, train=True):
     """A mixture TOML -> its sources, opened. Relative paths are relative to the TOML file."""
-    try: tables = tomllib.loads(whole(path).decode())
+    raw = whole(path)
+    try: tables = tomllib.loads(raw.decode())
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: is not valid TOML ({e}); mend it") from e
     tables = tables.get("source") if set(tables) == {"source"} else None

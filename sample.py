@@ -312,6 +312,7 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
     device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     dtype = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
     path = Path(path) if path else newest()
+    if path.name == "model.safetensors" and (path.parent / "config.json").is_file(): path = path.parent
     if path.is_file():
         model, folder = checkpoint.load_infmllm(path, PRESETS["infmllm-7b"](), dtype), path.parent
     elif (path / "config.json").is_file() and "model_type" in checkpoint.read_json(path / "config.json"):
@@ -352,7 +353,7 @@ def open_image(path):
 # Drawing
 
 RIGHT, WRONG, TRUE, NAMED = (34, 197, 94), (239, 68, 68), (56, 189, 248), (250, 204, 21)
-CELL, COLUMNS, LINES = 256, 4, 4       # pixels per picture of a contact sheet, pictures a row, lines of text under each
+CELL, COLUMNS, LINES = 256, 4, 8       # pixels per picture of a contact sheet, pictures a row, lines of text under each
 
 
 def draw_boxes(image, boxes, side=448):
@@ -367,14 +368,19 @@ def draw_boxes(image, boxes, side=448):
         pen.rectangle((x1 - width // 2 - 1, y1 - width // 2 - 1, x2 + width // 2 + 1, y2 + width // 2 + 1),
                       outline=(0, 0, 0), width=width + 2)
         pen.rectangle((x1 - width // 2, y1 - width // 2, x2 + width // 2, y2 + width // 2), outline=colour, width=width)
+    taken = []                                                 # (left, top, right) of the labels so far
     for box, label, colour in boxes:                           # after all lines: no line crosses a label
         while pen.textlength(label, font) > w - 8 and len(label) > 4: label = label[:-4].rstrip() + "..."
         _, _, right, bottom = pen.textbbox((0, 0), label, font)
-        x = min(max(0, box[0] * w), w - right - 8)
-        y = box[1] * h - bottom - 6 - width
-        if y < 0: y = min(box[3] * h + width + 1, h - bottom - 6)                # no room above: below, or inside
+        x, tall = min(max(0, box[0] * w), w - right - 8), bottom + 6
+        up, down = box[1] * h, box[3] * h                      # above it, below it, or inside: where there is room
+        free = [y for y in (up - tall - width, down + width + 1, down - tall - width, up + width + 1)
+                if 0 <= y <= h - tall and not any(x < r and left < x + right + 8 and abs(y - top) < tall
+                                                  for left, top, r in taken)]
+        y = free[0] if free else max(0, min(down, h - tall))
+        taken.append((x, y, x + right + 8))
         dark = sum(c * k for c, k in zip(colour, (0.3, 0.59, 0.11))) < 140
-        pen.rectangle((x, y, x + right + 8, y + bottom + 6), fill=colour, outline=(0, 0, 0))
+        pen.rectangle((x, y, x + right + 8, y + tall), fill=colour, outline=(0, 0, 0))
         pen.text((x + 4, y + 2), label, fill=(255, 255, 255) if dark else (0, 0, 0), font=font)
     return image
 
@@ -384,17 +390,27 @@ def sheet(cells, path):
     font = ImageFont.load_default(14)
     columns, line = min(COLUMNS, len(cells)), 18
     texts = [[part for row in text.split("\n") for part in textwrap.wrap(row, 34)][:LINES] for _, _, text, _ in cells]
-    step = CELL + 8 + line * max(map(len, texts)) + 8
-    page = Image.new("RGB", (columns * (CELL + 8) + 8, -(-len(cells) // columns) * step + 8), "white")
+    tops = [8]                                                 # of the rows, each as tall as its longest text
+    for i in range(0, len(cells), columns):
+        tops.append(tops[-1] + CELL + 16 + line * max(map(len, texts[i:i + columns])))
+    page = Image.new("RGB", (columns * (CELL + 8) + 8, tops[-1]), "white")
     pen = ImageDraw.Draw(page)
     for i, ((image, boxes, _, colour), lines) in enumerate(zip(cells, texts)):
-        x, y = 8 + i % columns * (CELL + 8), 8 + i // columns * step
+        x, y = 8 + i % columns * (CELL + 8), tops[i // columns]
         small = [max(1, round(v * CELL / max(image.size))) for v in image.size]
         picture = draw_boxes(image.convert("RGB").resize(small, Image.Resampling.BICUBIC), boxes, side=1)
         page.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
         pen.rectangle((x, y + CELL + 1, x + CELL - 1, y + CELL + 4), fill=colour)
         for n, text in enumerate(lines): pen.text((x, y + CELL + 7 + n * line), text, fill=(20, 20, 20), font=font)
     write_picture(page, path)
+
+
+def check_target(path):
+    """What can be said about a picture that is to be written before any work is done for it."""
+    known = Path(path).suffix.lower() in Image.registered_extensions()
+    why = None if known else "unknown ending" if Path(path).suffix else "no ending"
+    if not Path(path).parent.is_dir(): why = f"there is no folder {Path(path).parent}"
+    if why: raise BadInput(f"{path}: cannot be written ({why}); name a .png in a folder that exists")
 
 
 def write_picture(image, path):
@@ -448,7 +464,8 @@ def answer_all(model, tokenizer, args):
                      "pixels": pixels}
             line = (f"{path}: " if folder else "") + text + (f"   pixels {pixels}" if pixels else "")
             print(json.dumps(found) if args.json else line, flush=True)
-            if args.save: cells.append((image, [(box, args.prompt or "", NAMED)] if box else [], text, NAMED))
+            shown, label = (parse_box(asked), text) if args.task == "region" else (box, args.prompt or "")
+            if args.save: cells.append((image, [(shown, label, NAMED)] if shown else [], text, NAMED))
     if not args.save: return
     if not folder and cells[0][1]: write_picture(draw_boxes(*cells[0][:2]), args.save)
     else: sheet([(image, boxes, f"{Path(p).name}: {said}" if folder else said, colour)
@@ -534,6 +551,7 @@ def check(args):
     if talks and args.json: raise BadInput("--json is for single answers; add --prompt")
     if talks and (args.beams or 1) > 1: raise BadInput("a chat streams and cannot use --beams; leave it out")
     if args.save and not args.image: raise BadInput("--save draws on a picture; name one with --image")
+    if args.save: check_target(args.save)
     for name, least in (("beams", 1), ("max_new_tokens", 1), ("temperature", 0), ("top_k", 0), ("seed", 0)):
         value = getattr(args, name)
         if value is not None and not value >= least:

@@ -182,6 +182,10 @@ def test_every_task_answers_on_a_picture_and_on_a_folder(made, capsys, tmp_path,
     answer = json.loads(out)
     assert (code, err) == (0, "") and set(answer) == {"image", "task", "prompt", "answer", "box", "pixels"}
     assert answer["task"] == task and answer["prompt"] == text and answer["answer"] and Image.open(tmp_path / "a.png")
+    if task == "region":                                       # the box that was asked about is drawn
+        drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
+        (h, w), box = drawn.shape[:2], [float(v) for v in text.split(",")]
+        assert (drawn[round((box[1] + box[3]) / 2 * h), round(box[0] * w) - 1] == sample.NAMED).all()
     code, out, err = command(capsys, *argv, "--image", made / "photos", "--save", tmp_path / "b.png")
     lines = out.splitlines()
     assert (code, err, len(lines)) == (0, "", 3) and [Path(line.split(": ")[0]).stem for line in lines] == \
@@ -234,6 +238,7 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(made, capsys, monkeypatch
     if "--ckpt" not in argv: argv = ["--ckpt", "ck", *argv]
     code, out, err = command(capsys, *argv, "--device", "cpu")
     assert code == 2 and names in err and err.count("\n") == 1 and "Traceback" not in err, err
+    assert out == "", "said before any work is done"
 
 
 def test_without_a_checkpoint_it_takes_the_newest_or_says_what_makes_one(made, tmp_path, monkeypatch, capsys):
@@ -245,6 +250,8 @@ def test_without_a_checkpoint_it_takes_the_newest_or_says_what_makes_one(made, t
         checkpoint.save(tmp_path / "out" / name, tiny(), Tokenizer(TOKENIZER))
         os.utime(tmp_path / "out" / name / "config.json", (age, age))
     assert str(sample.newest()) == "out/stage2/step-00000002"
+    named, _ = sample.load_model("out/stage1/step-00000020/model.safetensors", device="cpu")       # as some name it
+    assert torch.equal(named.llm.embed.weight, tiny().llm.embed.weight)
 
 
 def test_it_opens_a_llava_folder_and_the_released_file(tmp_path, monkeypatch):
@@ -289,3 +296,24 @@ def test_labels_stay_inside_the_picture():
         drawn = sample.draw_boxes(image, [(box, long, sample.WRONG)])
         assert drawn.size == (448, 448), "small pictures grow, so that the label can be read"
         assert (abs(np.asarray(drawn).astype(int) - sample.WRONG).sum(2) < 30).sum() > 2000
+
+
+def test_labels_of_boxes_that_nearly_coincide_do_not_hide_one_another():
+    image = Image.new("RGB", (448, 448), "white")
+    for box in ((0.2, 0.3, 0.6, 0.8), (0.0, 0.0, 1.0, 1.0), (0.3, 0.0, 0.7, 0.5), (0.3, 0.5, 0.7, 1.0)):
+        near = tuple(v * 0.98 for v in box)
+        ground = lambda drawn, colour: (abs(np.asarray(drawn).astype(int) - colour).sum(2) < 12).sum()
+        both = sample.draw_boxes(image, [(box, "a thing", sample.TRUE), (near, "a thing", sample.NAMED)])
+        alone = [sample.draw_boxes(image, [(b, "a thing", c)]) for b, c in ((box, sample.TRUE), (near, sample.NAMED))]
+        bare = [sample.draw_boxes(image, [(b, "", c)]) for b, c in ((box, sample.TRUE), (near, sample.NAMED))]
+        for one, line, colour in zip(alone, bare, (sample.TRUE, sample.NAMED)):
+            label = ground(one, colour) - ground(line, colour)
+            assert ground(both, colour) > 0.8 * label, (box, colour)
+
+
+def test_a_sheets_rows_are_as_tall_as_their_own_texts(tmp_path):
+    texts = ["short"] * 4 + ["some words that need more lines " * 4]
+    cells = [(Image.new("RGB", (9, 9)), [], text, sample.RIGHT) for text in texts]
+    sample.sheet(cells[:4], tmp_path / "short.png"), sample.sheet(cells, tmp_path / "both.png")
+    short, both = (Image.open(tmp_path / f"{name}.png").height for name in ("short", "both"))
+    assert both - short > short + 40, "the second row has room for four lines, the first for one"
