@@ -21,12 +21,13 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 import checkpoint
 import report
 import sample
+import toy
 import train
 from data import BadInput, Tokenizer
 from model import BRANCHES, IGNORE, Cache, Config, InfMLLM, LlamaConfig, ViTConfig, count, flops, trains
 from sample import generate_ids
 
-FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-rows", "12"]
+FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-rows", "12", "--score-rows", "0"]
 
 
 @pytest.fixture(autouse=True)
@@ -157,6 +158,20 @@ def test_generation_in_a_branch_is_the_deeper_models_and_text_alone_is_the_bases
     assert m.llm.active == "mm" and said == generate_ids(small(), pictures(0), alone, max_new_tokens=9, **mode)
     with m.using("mm"), pytest.raises(AssertionError, match="two calls"):
         generate_ids(m, images[:1], asked[:1] + alone, **mode)
+
+
+@torch.no_grad()
+def test_what_the_shipped_llm_reads_is_measured_and_a_branch_leaves_it_and_tuning_does_not():
+    assets = tiny.ROOT / "assets/toy"
+    m, tokenizer = checkpoint.load(assets), Tokenizer(assets)
+    read = lambda: toy.reading(m.llm, tokenizer, assets / "slots.safetensors", scenes=12)
+    before = read()
+    assert before["loss"] < 0.4 and before["right"] > 0.9 and before["tokens"] > 500
+    for p in m.grow("mm", [0, 3]).llm.branches["mm"].parameters(): p.mul_(1.5)
+    with m.using(None): assert read() == before
+    for name, p in m.llm.named_parameters():
+        if trains(f"llm.{name}", 2): p.mul_(1.5)
+    assert read()["loss"] > before["loss"] + 0.1
 
 
 # ---- what is saved and loaded ----------------------------------------------------------------------------------------
