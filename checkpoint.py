@@ -12,6 +12,7 @@ None means dropped on purpose, a tuple takes a matrix apart by rows, and `name[1
 of ours. A key that no line names, a tensor of ours that no key fills, or a shape that differs is an error.
 No file is unpickled but by torch.load(weights_only=True), which builds tensors and nothing else.
 """
+import functools
 import json
 import math
 import os
@@ -23,6 +24,7 @@ import threading
 import time
 import zlib
 from contextlib import contextmanager, suppress
+from dataclasses import fields, is_dataclass
 from datetime import timedelta
 from pathlib import Path
 
@@ -32,7 +34,9 @@ from safetensors.torch import save_file
 from torch import nn
 
 from data import BadInput
-from model import BRANCHES, CLIP_L, EVA_G, Config, InfMLLM, Llama, LlamaConfig, ViT, ViTConfig, resize_positions
+from model import (
+    BRANCHES, CLIP_L, EVA_G, Config, InfMLLM, Llama, LlamaConfig, ViT, ViTConfig, frequencies, resize_positions,
+)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Their names and ours
@@ -188,6 +192,7 @@ def moves(model, shapes, table, what):
     table = [(re.compile(re.escape(k).replace(r"\{\}", r"(\d+)").replace(r"\*", ".*")), v) for k, v in table.items()]
     ours, filled, plan, wrong = dict(model.named_parameters()), {}, [], []
     for key, shape in shapes.items():
+        if len(wrong) > 100: break                                 # a stranger's file may have a million names
         try: names = targets_of(key, table)
         except KeyError: wrong.append(f"{key}: left over, no tensor of this name is known"); continue
         targets = []
@@ -241,12 +246,19 @@ def put(model, name, block, of, tensor, dtype):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files of tensors
 
+NUMBERS = ("F16", "BF16", "F32", "F64")
+
+
 class Safetensors:
     def __init__(self, path):
         self.path = path
         try:
-            with safe_open(path, "pt") as f: self.shapes = {k: f.get_slice(k).get_shape() for k in f.keys()}
-        except (SafetensorError, OSError) as e: raise BadInput(unreadable(path, e)) from None
+            with safe_open(path, "pt") as f:
+                parts = {k: f.get_slice(k) for k in f.keys()}
+                self.shapes = {k: part.get_shape() for k, part in parts.items()}
+                odd = [f"{k} of {part.get_dtype()}" for k, part in parts.items() if part.get_dtype() not in NUMBERS]
+        except (SafetensorError, OSError, ValueError) as e: raise BadInput(unreadable(path, e)) from None
+        if odd: raise BadInput(unreadable(path, f"{odd[0]}, where {', '.join(NUMBERS)} are known"))
 
     def read(self, key):       # opened for each tensor: pages of a mapped file count as ours until it is closed
         with safe_open(self.path, "pt") as f: return f.get_tensor(key)
@@ -316,6 +328,39 @@ def read_json(path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Their configs; a key that a published config.json leaves out has transformers' default
 
+def from_a_stranger(make):
+    """The Config that make(d, what) finds in a config.json, or a sentence, whatever has been written there."""
+    @functools.wraps(make)
+    def checked(d, what):
+        try: return sane(make(d, what))
+        except BadInput: raise
+        except (TypeError, ValueError, KeyError, AttributeError, ArithmeticError, AssertionError) as e:
+            why = f"{type(e).__name__}: {str(e)[:100]}"
+            raise BadInput(f"{what}: its config.json describes no model known here ({why}); take another") from None
+    return checked
+
+
+LIMITS = {"layers": 1000, "vocab": 2 ** 24}        # of a config; its other numbers end at a million
+
+
+def sane(config):
+    """Numbers of the right kind, and such that nobody runs out of memory in building the model without its weights."""
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if is_dataclass(value): sane(value); continue
+        right = (int, float) if f.type is float else f.type
+        wrong = f"{f.name} is {str(value)[:50]}"
+        assert isinstance(value, right) and (f.type is bool or not isinstance(value, bool)), wrong
+        if f.type is int: assert 1 <= value <= LIMITS.get(f.name, 2 ** 20), wrong
+        if f.type is float: assert 0 < value < 1e12, wrong
+    if isinstance(config, LlamaConfig):
+        assert config.width // config.heads % 2 == 0, "half a pair to rotate"
+        assert sum(map(len, config.branches.values())) <= LIMITS["layers"], "too many inner layers"
+        assert frequencies(config, "cpu").isfinite().all(), f"rope {str(config.rope)[:80]}"
+    return config
+
+
+@from_a_stranger
 def llama_config(d, what):
     ours = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
     refused = [f"{key}={d[key]!r}" for key, only in ours.items() if d.get(key, only) != only]
@@ -334,6 +379,7 @@ def llama_config(d, what):
                        d.get("tie_word_embeddings", False))
 
 
+@from_a_stranger
 def clip_config(d, what):
     if d.get("hidden_act", "quick_gelu") not in ("quick_gelu", "gelu"):
         raise BadInput(f"{what}: hidden_act={d['hidden_act']!r} is no CLIP; take a CLIP vision tower")
@@ -343,7 +389,8 @@ def clip_config(d, what):
                      eps=d.get("layer_norm_eps", 1e-5), patch_bias=False, pre_norm=True)
 
 
-def blip2_config(d):
+@from_a_stranger
+def blip2_config(d, what):
     return ViTConfig(d.get("image_size", 224), d.get("patch_size", 14), d.get("hidden_size", 1408),
                      d.get("num_hidden_layers", 39), d.get("num_attention_heads", 16), d.get("intermediate_size", 6144),
                      act=d.get("hidden_act", "gelu"), eps=d.get("layer_norm_eps", 1e-6))
@@ -365,7 +412,7 @@ def load_vit(path, image_size=None, dtype=torch.float32, config=None):
     if path.is_dir():
         d = read_json(path / "config.json")
         kind = d.get("model_type")
-        if kind == "blip_2_vision_model": config, make = blip2_config(d), lambda c: BLIP2
+        if kind == "blip_2_vision_model": config, make = blip2_config(d, path), lambda c: BLIP2
         elif kind in ("clip", "clip_vision_model"):
             config = clip_config(d.get("vision_config", d) if kind == "clip" else d, path)
             make = lambda c: prefixed(clip(c), "vision_model.") | clip(c) | CLIP_TEXT
@@ -529,9 +576,11 @@ def description(path):
     if described.get("format") != FORMAT:
         raise BadInput(f"{path / 'config.json'}: format {described.get('format')!r}, and this program reads {FORMAT}; "
                        "use the version that wrote it")
-    try: return described, Config(**described["model"])
-    except (KeyError, TypeError, AssertionError) as e:
-        raise BadInput(f"{path / 'config.json'}: describes no model known here ({e}); take another") from None
+    return described, our_config(described, path)
+
+
+@from_a_stranger
+def our_config(d, what): return Config(**d["model"])
 
 
 def load(path, image_size=None, dtype=None):

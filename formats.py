@@ -119,10 +119,11 @@ class Values:
 
     def elements(self, at):
         """(value, start, end) of each element of the list that begins here."""
-        at = self.skip(at + 1)
+        at, count = self.skip(at + 1), 0
         while not self.is_at(at, b"]"):
             value, end = self.at(at)
             yield value, at, end
+            plausible(count := count + 1, end)
             at = self.skip(end)
             if self.is_at(at, b","): at = self.skip(at + 1)
             elif not self.is_at(at, b"]"): raise ValueError(f"',' or ']' expected at byte {at}")
@@ -145,9 +146,9 @@ class Values:
         return at
 
 
-def plausible(rows, stop):
-    """An index takes 32 bytes a row: no file of nothing but brackets may ask for many times its own size."""
-    if len(rows) > 2 ** 22 and 2 * len(rows) > stop: raise ValueError("it has more records than its bytes can hold")
+def plausible(records, size):
+    """An index takes 32 bytes a record: no file of nothing but brackets may ask for many times its own size."""
+    if records > 2 ** 20 and 8 * records > size: raise ValueError("it has more records than its bytes can hold")
 
 
 def scan_json(raw, key, tags):
@@ -155,7 +156,7 @@ def scan_json(raw, key, tags):
     values, rows = Values(raw), array("q")
     for record, at, end in values.elements(values.find_array(key)):
         for tag in tags(record): rows.extend((at, end, tag, raw.count(b"<image>", at, end)))
-        plausible(rows, end)
+        plausible(len(rows) // 4, end)
     return rows
 
 
@@ -179,7 +180,7 @@ def scan_lines(raw, tags):
         try: numbers = tags(json.loads(raw[start:end])) if tags and end - start <= LONGEST else (0,)
         except (ValueError, RecursionError): numbers = (0,)                             # said when it is read
         for tag in numbers: rows.extend((start, end, tag, raw.count(b"<image>", start, end)))
-        plausible(rows, end)
+        plausible(len(rows) // 4, end)
     return rows
 
 

@@ -637,7 +637,7 @@ def prepare(args, stage, ranks):
         raise BadInput(f"{out}: holds a run ({path.name}); --resume goes on with it, --out names another folder")
     if path: state = checkpoint.read_checked(path, "state.json")
     start, why = (path, "resumed; --init, --vit and --llm are for new runs") if path else start_from(args, stage)
-    before = checkpoint.read_checked(start, "config.json")["training"] if start else {}
+    before = checkpoint.read_checked(start, "config.json").get("training") or {} if start else {}
     s = settle(args, stage, ranks.world, state.get("settings"), before.get("preset"))
     s["dtype"] = s["dtype"] or ("bf16" if ranks.device.type == "cuda" else "fp32")
     if state and state["step"] >= s["steps"]:

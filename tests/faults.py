@@ -290,6 +290,7 @@ def forked(argv, cwd, files=(), closed=()):
 
 def act(argv, cwd, fresh, closed=()):
     """The child's side: never returns."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)                         # as its first line does
     try:
         if cwd: os.chdir(cwd)
         os.environ["OMP_NUM_THREADS"] = "1"
@@ -298,7 +299,6 @@ def act(argv, cwd, fresh, closed=()):
         sys.stdin, sys.stdout, sys.stderr = (None if n in closed else open(n, "rw"[n > 0], buffering=[-1, -1, 1][n])
                                              for n in range(3))
         sys.argv = ["sample.py", *argv]
-        signal.signal(signal.SIGINT, signal.SIG_DFL)                     # as its first line does
         code = sample.run(sample.main)
         if sys.stdout: sys.stdout.flush()
         os._exit(code)
