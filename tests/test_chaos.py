@@ -42,7 +42,8 @@ __all__ = ["here", "world", "made"]                                      # fixtu
 @pytest.mark.parametrize("stage, kills", [(1, 34), (2, 33), (3, 33)])
 def test_a_hundred_kills_over_three_stages_change_no_byte(world, here, stage, kills):
     whole, curve = straight(world, here / "straight", stage, *RUN)
-    out, writing = killed(world, here, stage, kills, random.Random(stage), *RUN, *(("--workers", 1) if stage == 3 else ()))
+    more = (*RUN, "--workers", int(stage == 3))
+    out, writing = killed(world, here, stage, kills, random.Random(stage), *more)
     assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve
     clean(out)
     print(f"stage {stage}: {kills} kills, {writing} of them while a checkpoint was written; bytes equal, nothing left")
@@ -97,7 +98,7 @@ def test_ranks_that_are_killed_or_stopped_at_any_step(world, here, more):
             times.append(took)
     assert tiny.finish(tiny.start(here, *flags(world, 3, "--resume", "--out", out, *more), world=2), 300) == [0, 0]
     assert len(tiny.losses(out)) == 60
-    print(f"{len(times)} ranks lost; the other had left after {max(times):.0f} s at most, --timeout 20; the run went on")
+    print(f"{len(times)} ranks lost; the other left after {max(times):.0f} s at most (--timeout 20); the run went on")
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
