@@ -208,7 +208,29 @@ class RMSNorm(nn.Module):
     def forward(self, x):        # fp32 inside the kernel, the input's dtype outside; autocast would return fp32
         if torch.is_autocast_enabled(x.device.type):
             with torch.autocast(x.device.type, enabled=False): return self(x)
+        if x.requires_grad and x.device.type == "cpu": return RMSNormOnCPU.apply(x, self.weight.to(x.dtype), self.eps)
         return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+class RMSNormOnCPU(torch.autograd.Function):
+    """F.rms_norm for training on a CPU, where torch has no kernel for it and autograd would walk back through its nine
+    parts: half of the time, and nothing kept but x and a number per token."""
+    @staticmethod
+    def forward(ctx, x, weight, eps):
+        wide = torch.promote_types(x.dtype, torch.float32)
+        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
+        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, weight, rstd)
+        return (x * rstd).mul_(weight).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx, dy):
+        x, weight, rstd = ctx.saved_tensors
+        dx, dw = dy * weight.to(rstd.dtype), None
+        if ctx.needs_input_grad[1]: dw = (dy * x).mul(rstd).flatten(0, -2).sum(0).to(weight.dtype)
+        along = torch.linalg.vecdot(dx, x.to(dx.dtype)).unsqueeze(-1)                # what of dx lies along x: (..., 1)
+        dx = dx.mul_(rstd).addcmul_(x.to(dx.dtype), along * rstd ** 3, value=-1 / x.shape[-1])
+        return dx.to(x.dtype), dw, None
 
 
 class Cache:
@@ -272,8 +294,22 @@ class LlamaLayer(nn.Module):
         if at is not None: x, y = x.index_select(0, at), y.index_select(0, at)       # (M, D)
         x = x + linear(y, m["o"])
         h = norm(x, m["mlp_norm"])
-        y = linear(F.silu(linear(h, m["gate"])) * linear(h, m["up"]), m["down"])     # (B*T, D) or (M, D)
+        gate, up = linear(h, m["gate"]), linear(h, m["up"])                          # (B*T, mlp) or (M, mlp)
+        y = linear(SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate) * up, m["down"])
         return x + y if at is not None else x.view(B, T, D) + y.view(B, T, D)        # no view: fully_shard warns of one
+
+
+class SwiGLU(torch.autograd.Function):
+    """silu(gate) * up, keeping gate and up: autograd would keep silu(gate) too, a sixth of all that a layer keeps."""
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return F.silu(gate).mul_(up)
+
+    @staticmethod
+    def backward(ctx, dy):
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
 
 
 def linear(x, layer):

@@ -9,8 +9,10 @@ from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
-from model import IGNORE, IMAGE, Cache, Config, InfMLLM, Llama, LlamaConfig, SummedCrossEntropy, ViTConfig, flops, init
-from model import resize_positions, summed_cross_entropy, trains
+from model import (
+    IGNORE, IMAGE, Cache, Config, InfMLLM, Llama, LlamaConfig, RMSNormOnCPU, SummedCrossEntropy, SwiGLU, ViTConfig,
+    flops, init, resize_positions, summed_cross_entropy, trains,
+)
 
 P2 = 4        # visual tokens of the tiny model: grid 2
 
@@ -253,3 +255,17 @@ def test_every_preset_is_printed(capsys):
     model_module.main()
     out = capsys.readouterr().out
     assert all(name in out for name in model_module.PRESETS) and "256" in out
+
+
+@pytest.mark.parametrize("trains", [True, False])
+def test_norm_and_gate_have_the_gradients_of_their_formulas(trains):
+    torch.manual_seed(0)
+    x, up = (torch.randn(2, 3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    weight = torch.randn(8, dtype=torch.float64, requires_grad=trains)
+    norm = lambda x, w: x * (x.pow(2).mean(-1, keepdim=True) + 1e-2).rsqrt() * w
+    for ours, formula, inputs in ((lambda x, w: RMSNormOnCPU.apply(x, w, 1e-2), norm, (x, weight)),
+                                  (SwiGLU.apply, lambda g, u: g * torch.sigmoid(g) * u, (x, up))):
+        torch.testing.assert_close(ours(*inputs), formula(*inputs), rtol=1e-12, atol=1e-12)
+        dy, wanted = torch.randn(2, 3, 8, dtype=torch.float64), [t for t in inputs if t.requires_grad]
+        torch.testing.assert_close(torch.autograd.grad(ours(*inputs), wanted, dy),
+                                   torch.autograd.grad(formula(*inputs), wanted, dy), rtol=1e-12, atol=1e-12)
