@@ -2,7 +2,9 @@
 
     python bench.py pool         # the pooling kernel against eager, torch.compile and the device's copy bandwidth
     python bench.py decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
-    python bench.py step         # what the training loop costs beside its work, on the toy
+    python bench.py step         # an update against transformers', per stage, at two shapes; and the loop's own cost
+    python bench.py memory       # the peak of an update against transformers', each in a process of its own
+    python bench.py mfu          # of each stage; on a GPU infmllm-7b at its own size: arithmetic over matmul rate
     python bench.py data         # opening and reading a million records; the loader against a bare Pillow loop
     python bench.py loader       # that last part alone
 
@@ -11,6 +13,8 @@
 Each prints a table with the device it found and ends with one JSON line.
 """
 import argparse
+import ctypes
+import gc
 import io
 import json
 import multiprocessing
@@ -303,7 +307,172 @@ def bench_data(args, parts=(bench_records, bench_loader)):
     return found
 
 
-def bench_step(args, steps=40):
+# Training beside transformers: one LLaVA, the same weights, batch and frozen parts on both sides
+
+def shape(name):
+    """(ViT, LLM, rows of a batch) of a LLaVA, which pools nothing: 64 visual tokens an image in both."""
+    from model import PRESETS, LlamaConfig, ViTConfig
+    if name == "toy": return PRESETS["toy"]().vit, PRESETS["toy"]().llm, 64
+    return ViTConfig(112, 14, 512, 8, 8, 2048), LlamaConfig(32000, 512, 12, 8, 8, 1408, context=2048), 16
+
+
+def talk(c, stage, rows, name):
+    """Rows of unequal length, an image in each: half to one and a half times the stage's typical text."""
+    from model import IGNORE, IMAGE
+    from train import STAGES
+    row, rng, samples = STAGES["toy"][stage], np.random.default_rng(stage), []
+    text, answer = (row.text, row.answer) if name == "toy" else (96, 32)            # 32 of 64 + 96 tokens: 20%
+    for _ in range(rows):
+        length = int(rng.integers(text // 2, 3 * text // 2 + 1))
+        said = length * answer // text
+        ids = [1] + [IMAGE] * c.visual_tokens + rng.integers(3, c.llm.vocab - 1, length).tolist()
+        picture = rng.integers(0, 256, (c.vit.image_size, c.vit.image_size, 3), dtype=np.uint8)
+        samples.append((ids[:-1], [IGNORE] * (len(ids) - 1 - said) + ids[-said:], [picture]))
+    return samples
+
+
+def our_update(model, stage, samples, device, dtype, micro=1):
+    """One update as train.py makes it, and its gradients: (run, names of what trains)."""
+    import train
+    from data import BUCKET, collate
+    args = train.flags().parse_args(["--stage", str(stage)])
+    s = train.settle(args, stage, 1) | {"dtype": dtype, "recompute": False}
+    run = train.Run(s, args, None, train.Ranks(0, 1, torch.device(device), None), model.freeze(stage))
+    train.place(run)
+    train.make_optimizer(run)
+    samples, size = sorted(samples, key=lambda sample: len(sample[0])), len(samples) // micro
+    batches = [collate(samples[i:i + size], 0, model.config.visual_tokens, model.config.vit.image_size,
+                       BUCKET if device == "cuda" else 1) for i in range(0, len(samples), size)]
+    supervised = sum(b.supervised for b in batches)
+    return partial(train.update, run, batches, supervised), partial(train.gradients, run, batches, supervised)
+
+
+def their_update(model, stage, samples, device, dtype):
+    """The same with transformers' LLaVA and torch's fused AdamW, as its Trainer would."""
+    from model import IGNORE, IMAGE, PIXEL_MEAN, PIXEL_STD
+    part = {"vision_tower": "vit", "language_model": "llm", "lm_head": "llm", "multi_modal_projector": "adapter"}
+    for name, p in model.train().named_parameters():
+        which = next(ours for theirs, ours in part.items() if theirs in name)
+        p.requires_grad_({1: which == "adapter", 3: which != "vit",
+                          2: which != "llm" or name.endswith(("q_proj.weight", "v_proj.weight"))}[stage])
+    params = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(params, lr=1e-4, betas=(0.9, 0.95), fused=True)
+    T = max(len(ids) for ids, _, _ in samples)
+    ids = torch.tensor([row + [0] * (T - len(row)) for row, _, _ in samples])
+    targets = torch.tensor([wanted + [IGNORE] * (T - len(wanted)) for _, wanted, _ in samples])
+    there = torch.arange(T) < torch.tensor([len(row) for row, _, _ in samples])[:, None]
+    mean, std = (torch.tensor(t).view(3, 1, 1) for t in (PIXEL_MEAN, PIXEL_STD))
+    pixels = torch.from_numpy(np.stack([picture for _, _, (picture,) in samples])).permute(0, 3, 1, 2) / 255
+    batch = {"input_ids": torch.where(ids == IMAGE, model.config.image_token_id, ids), "attention_mask": there.long(),
+             "pixel_values": ((pixels - mean) / std).contiguous(), "labels": targets, "shift_labels": targets}
+    batch = {key: value.to(device) for key, value in batch.items()}
+
+    def gradients():
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == "bf16"): loss = model(**batch).loss
+        loss.backward()
+        return loss.detach()
+
+    def update():
+        loss = gradients()
+        torch.nn.utils.clip_grad_norm_(params, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+    return update, gradients
+
+
+def counted_flops(run):
+    """What a function really multiplies, by torch's counter; causal attention counts whole, on both sides alike."""
+    from torch.utils import flop_counter as fc
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu             # the counter knows CUDA's alone
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    mapping = {forward: lambda q, k, v, *rest, **named: fc.sdpa_flop_count(q, k, v),
+               backward: lambda dy, q, k, v, *rest, **named: fc.sdpa_backward_flop_count(dy, q, k, v)}
+    with fc.FlopCounterMode(display=False, custom_mapping=mapping) as counter: run()
+    return counter.get_total_flops()
+
+
+def fast_bf16(device):
+    """Whether this processor multiplies in bf16; others do it in software, ten times as slow as fp32."""
+    return device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def bench_step(args, repeat=5):
+    """Updates per second against transformers' LLaVA, in turns, the best of `repeat`; then the loop's own cost."""
+    dtypes, rows = ["fp32"] * (args.device == "cpu") + ["bf16"] * fast_bf16(args.device), []
+    if "bf16" not in dtypes: print("bf16 is not compared: this processor does not multiply in it")
+    print("shape  stage  dtype    samples/s: ours  transformers      x   FLOPs allow   loss: ours  transformers")
+    for name in args.shapes.split(","):
+        vit, llm, count = shape(name)
+        for stage, dtype in ((stage, dtype) for stage in (1, 2, 3) for dtype in dtypes):
+            theirs, ours = llava_pair(vit, llm, args.device)
+            samples = talk(ours.config, stage, count, name)
+            sides = {"ours": our_update(ours, stage, samples, args.device, dtype, args.micro),
+                     "transformers": their_update(theirs, stage, samples, args.device, dtype)}
+            flops = {side: counted_flops(gradients) for side, (_, gradients) in sides.items()}
+            tokens = sum(t >= 0 for _, wanted, _ in samples for t in wanted)
+            loss = {side: float(gradients()) for side, (_, gradients) in sides.items()}
+            loss["ours"] /= tokens
+            for model in (ours, theirs): model.zero_grad()
+            took = dict.fromkeys(sides, float("inf"))
+            for _ in range(repeat):
+                for side, (update, _) in sides.items(): took[side] = min(took[side], seconds(update, 1, warmup=0))
+            rate = {side: count / t for side, t in took.items()}
+            row = {"shape": name, "stage": stage, "dtype": dtype, **rate, "x": rate["ours"] / rate["transformers"],
+                   "allowed": flops["transformers"] / flops["ours"], "loss": loss}
+            print(f"{name:6}{stage:6}  {dtype}{rate['ours']:20.1f}{rate['transformers']:14.1f}{row['x']:7.2f}"
+                  f"{row['allowed']:14.2f}{loss['ours']:13.5f}{loss['transformers']:14.5f}")
+            rows.append(row)
+    return {"rows": rows}
+
+
+def status(key): return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
+
+
+def peak_of(side, name, stage, device, dtype, micro, out):
+    """A process's life: one update to warm up, and the peak of the next above what stays, gradients and libraries."""
+    ours, theirs = our_update, their_update
+    vit, llm, count = shape(name)
+    pair = dict(zip(("transformers", "ours"), llava_pair(vit, llm, device)))
+    samples, model = talk(pair["ours"].config, stage, count, name), pair.pop(side)
+    pair.clear()
+    update = (ours(model, stage, samples, device, dtype, micro) if side == "ours"
+              else theirs(model, stage, samples, device, dtype))[0]
+    update()
+    gc.collect()
+    gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated
+    else:
+        ctypes.CDLL(None).malloc_trim(0)                     # what is freed shall count as free
+        Path("/proc/self/clear_refs").write_text("5")        # the high-water mark starts again from what is held now
+        before, peak = status("VmRSS"), partial(status, "VmHWM")
+    update()
+    out.put(peak() - before - gradients)
+
+
+def bench_memory(args):
+    """Peak of an update above weights, gradients, optimizer state and libraries, against transformers'."""
+    spawn, rows = multiprocessing.get_context("spawn"), []
+    dtype = "bf16" if args.device == "cuda" else "fp32"
+    print("shape  stage   MB: ours  transformers   share")
+    for name in args.shapes.split(","):
+        for stage in (1, 2, 3):
+            found = {}
+            for side in ("ours", "transformers"):
+                out = spawn.SimpleQueue()
+                child = spawn.Process(target=peak_of, args=(side, name, stage, args.device, dtype, args.micro, out))
+                child.start()
+                found[side] = out.get()
+                child.join()
+            row = {"shape": name, "stage": stage, **found, "share": found["ours"] / found["transformers"]}
+            print(f"{name:6}{stage:6}{found['ours'] / 1e6:11.1f}{found['transformers'] / 1e6:14.1f}{row['share']:8.2f}")
+            rows.append(row)
+    return {"rows": rows, "dtype": dtype, "micro": args.micro}
+
+
+def bench_loop(args, steps=40):
     """What the training loop costs beside its work: a step's time less gradients, optimizer and loading."""
     import train
     rows, clock = [], {}
@@ -385,7 +554,8 @@ def bench_tune(args, steps=12):
     return {"steps": steps, "rows": rows}
 
 
-BENCHES = {"tune": bench_tune, "pool": bench_pool, "step": bench_step, "data": bench_data,
+BENCHES = {"tune": bench_tune, "pool": bench_pool, "step": bench_step, "loop": bench_loop, "memory": bench_memory,
+           "data": bench_data,
            "loader": partial(bench_data, parts=(bench_loader,)), "decode": bench_decode,
            "decode-small": partial(bench_decode, size="small", new=8, repeat=2)}
 
@@ -394,6 +564,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=sorted(BENCHES), help="which claim to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
+    parser.add_argument("--shapes", default="toy,100M", help="of step and memory: toy, 100M or both")
+    parser.add_argument("--micro", type=int, default=4, help="of step and memory: our micro-batches of the one batch")
     args = parser.parse_args()
     print(f"{args.bench} on {device_name(args.device)}, torch {torch.__version__}")
     print(json.dumps({"bench": args.bench, "device": device_name(args.device), **BENCHES[args.bench](args)}))

@@ -367,7 +367,9 @@ def choose_dtype(run):
             start = time.perf_counter()
             with run.autocast(): loss = trial(images, tokens, targets)
             loss.backward()
-            seconds[run.s["dtype"]] = min(seconds.get(run.s["dtype"], math.inf), time.perf_counter() - start)
+            took = time.perf_counter() - start
+            seconds[run.s["dtype"]] = min(seconds.get(run.s["dtype"], math.inf), took)
+            if took > 3 * seconds["fp32"]: break                   # bf16 in software: one pass shows it
     faster = run.agree(int(run.rank == 0 and seconds["bf16"] < seconds["fp32"]))[0]
     run.s["dtype"] = "bf16" if faster else "fp32"
     if run.rank == 0:
