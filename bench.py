@@ -2,9 +2,10 @@
 
     python bench.py pool         # the pooling kernel against eager, torch.compile and the device's copy bandwidth
     python bench.py decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
-    python bench.py step         # an update against transformers', per stage, at two shapes; and the loop's own cost
+    python bench.py step         # an update against transformers', per stage, at two shapes; loop: the loop's cost
     python bench.py memory       # the peak of an update against transformers', each in a process of its own
-    python bench.py mfu          # of each stage; on a GPU infmllm-7b at its own size: arithmetic over matmul rate
+    python bench.py growth       # time and memory of an update as batch, text, visual tokens and image size double
+    python bench.py limit --preset infmllm-7b       # MFU and memory of each stage, bandwidth of decoding: for a GPU
     python bench.py data         # opening and reading a million records; the loader against a bare Pillow loop
     python bench.py loader       # that last part alone
 
@@ -310,20 +311,22 @@ def bench_data(args, parts=(bench_records, bench_loader)):
 # Training beside transformers: one LLaVA, the same weights, batch and frozen parts on both sides
 
 def shape(name):
-    """(ViT, LLM, rows of a batch) of a LLaVA, which pools nothing: 64 visual tokens an image in both."""
-    from model import PRESETS, LlamaConfig, ViTConfig
-    if name == "toy": return PRESETS["toy"]().vit, PRESETS["toy"]().llm, 64
-    return ViTConfig(112, 14, 512, 8, 8, 2048), LlamaConfig(32000, 512, 12, 8, 8, 1408, context=2048), 16
+    """(ViT, LLM, rows, mean text tokens of a row, how many are supervised) of a LLaVA, which pools nothing."""
+    from model import CLIP_L, PRESETS, LlamaConfig, ViTConfig
+    toy = PRESETS["toy"]()                                             # 64 visual tokens an image, and in 100M
+    return {"toy": (toy.vit, toy.llm, 64, 0, 0),                       # 0: as train.py's table says for each stage
+            "100M": (ViTConfig(112, 14, 512, 8, 8, 2048), LlamaConfig(32000, 512, 12, 8, 8, 1408), 16, 96, 32),
+            "7b": (ViTConfig(**CLIP_L), PRESETS["llava-7b"]().llm, 8, 96, 32)}[name]
 
 
-def talk(c, stage, rows, name):
-    """Rows of unequal length, an image in each: half to one and a half times the stage's typical text."""
+def talk(c, stage, rows, text=0, answer=0, unequal=True):
+    """Samples with an image in each, of unequal length: half to one and a half times the typical text."""
     from model import IGNORE, IMAGE
     from train import STAGES
-    row, rng, samples = STAGES["toy"][stage], np.random.default_rng(stage), []
-    text, answer = (row.text, row.answer) if name == "toy" else (96, 32)            # 32 of 64 + 96 tokens: 20%
+    rng, samples, row = np.random.default_rng(stage), [], STAGES["toy"][stage]
+    text, answer = (text, answer) if text else (row.text, row.answer)
     for _ in range(rows):
-        length = int(rng.integers(text // 2, 3 * text // 2 + 1))
+        length = int(rng.integers(text // 2, 3 * text // 2 + 1)) if unequal else text
         said = length * answer // text
         ids = [1] + [IMAGE] * c.visual_tokens + rng.integers(3, c.llm.vocab - 1, length).tolist()
         picture = rng.integers(0, 256, (c.vit.image_size, c.vit.image_size, 3), dtype=np.uint8)
@@ -331,12 +334,12 @@ def talk(c, stage, rows, name):
     return samples
 
 
-def our_update(model, stage, samples, device, dtype, micro=1):
-    """One update as train.py makes it, and its gradients: (run, names of what trains)."""
+def our_update(model, stage, samples, device, dtype, micro=1, preset="toy", recompute=False):
+    """(an update as train.py makes it, the gradients alone), in `micro` micro-batches of like length."""
     import train
     from data import BUCKET, collate
-    args = train.flags().parse_args(["--stage", str(stage)])
-    s = train.settle(args, stage, 1) | {"dtype": dtype, "recompute": False}
+    args = train.flags().parse_args(["--stage", str(stage), "--preset", preset, "--data", "none"])
+    s = train.settle(args, stage, 1) | {"dtype": dtype, "recompute": recompute}
     run = train.Run(s, args, None, train.Ranks(0, 1, torch.device(device), None), model.freeze(stage))
     train.place(run)
     train.make_optimizer(run)
@@ -397,16 +400,28 @@ def fast_bf16(device):
     return device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
+def step_clock(device):
+    """Seconds of one call: of wall time, or with one thread of CPU time, which does not mind other processes."""
+    if device == "cuda" or torch.get_num_threads() > 1: return partial(seconds, repeat=1, warmup=0)
+
+    def clock(run):
+        start = time.process_time()
+        run()
+        return time.process_time() - start
+    return clock
+
+
 def bench_step(args, repeat=5):
-    """Updates per second against transformers' LLaVA, in turns, the best of `repeat`; then the loop's own cost."""
+    """Updates per second against transformers' LLaVA, in turns, the best of `repeat`."""
+    clock = step_clock(args.device)
     dtypes, rows = ["fp32"] * (args.device == "cpu") + ["bf16"] * fast_bf16(args.device), []
     if "bf16" not in dtypes: print("bf16 is not compared: this processor does not multiply in it")
     print("shape  stage  dtype    samples/s: ours  transformers      x   FLOPs allow   loss: ours  transformers")
     for name in args.shapes.split(","):
-        vit, llm, count = shape(name)
+        vit, llm, count, *text = shape(name)
         for stage, dtype in ((stage, dtype) for stage in (1, 2, 3) for dtype in dtypes):
             theirs, ours = llava_pair(vit, llm, args.device)
-            samples = talk(ours.config, stage, count, name)
+            samples = talk(ours.config, stage, count, *text)
             sides = {"ours": our_update(ours, stage, samples, args.device, dtype, args.micro),
                      "transformers": their_update(theirs, stage, samples, args.device, dtype)}
             flops = {side: counted_flops(gradients) for side, (_, gradients) in sides.items()}
@@ -416,7 +431,7 @@ def bench_step(args, repeat=5):
             for model in (ours, theirs): model.zero_grad()
             took = dict.fromkeys(sides, float("inf"))
             for _ in range(repeat):
-                for side, (update, _) in sides.items(): took[side] = min(took[side], seconds(update, 1, warmup=0))
+                for side, (update, _) in sides.items(): took[side] = min(took[side], clock(update))
             rate = {side: count / t for side, t in took.items()}
             row = {"shape": name, "stage": stage, "dtype": dtype, **rate, "x": rate["ours"] / rate["transformers"],
                    "allowed": flops["transformers"] / flops["ours"], "loss": loss}
@@ -430,14 +445,13 @@ def status(key): return int(Path("/proc/self/status").read_text().split(key + ":
 
 
 def peak_of(side, name, stage, device, dtype, micro, out):
-    """A process's life: one update to warm up, and the peak of the next above what stays, gradients and libraries."""
-    ours, theirs = our_update, their_update
-    vit, llm, count = shape(name)
-    pair = dict(zip(("transformers", "ours"), llava_pair(vit, llm, device)))
-    samples, model = talk(pair["ours"].config, stage, count, name), pair.pop(side)
+    """A process: one update to warm up, and the peak of the next above what stays and gradients, and its time."""
+    vit, llm, count, *text = shape(name)
+    pair = dict(zip(("transformers", "ours"), llava_pair(vit, llm, "cpu")))
+    samples, model = talk(pair["ours"].config, stage, count, *text), pair.pop(side).to(device)
     pair.clear()
-    update = (ours(model, stage, samples, device, dtype, micro) if side == "ours"
-              else theirs(model, stage, samples, device, dtype))[0]
+    if side == "ours": update = our_update(model, stage, samples, device, dtype, micro)[0]
+    else: update = their_update(model, stage, samples, device, dtype)[0]
     update()
     gc.collect()
     gradients = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
@@ -448,15 +462,15 @@ def peak_of(side, name, stage, device, dtype, micro, out):
         ctypes.CDLL(None).malloc_trim(0)                     # what is freed shall count as free
         Path("/proc/self/clear_refs").write_text("5")        # the high-water mark starts again from what is held now
         before, peak = status("VmRSS"), partial(status, "VmHWM")
-    update()
-    out.put(peak() - before - gradients)
+    took = step_clock(device)(update)
+    out.put((peak() - before - gradients, took))
 
 
 def bench_memory(args):
     """Peak of an update above weights, gradients, optimizer state and libraries, against transformers'."""
     spawn, rows = multiprocessing.get_context("spawn"), []
     dtype = "bf16" if args.device == "cuda" else "fp32"
-    print("shape  stage   MB: ours  transformers   share")
+    print("shape  stage   MB: ours  transformers   share   seconds: ours  transformers")
     for name in args.shapes.split(","):
         for stage in (1, 2, 3):
             found = {}
@@ -466,10 +480,92 @@ def bench_memory(args):
                 child.start()
                 found[side] = out.get()
                 child.join()
-            row = {"shape": name, "stage": stage, **found, "share": found["ours"] / found["transformers"]}
-            print(f"{name:6}{stage:6}{found['ours'] / 1e6:11.1f}{found['transformers'] / 1e6:14.1f}{row['share']:8.2f}")
-            rows.append(row)
+            (ours, took), (theirs, theirs_took) = found.values()
+            print(f"{name:6}{stage:6}{ours / 1e6:11.1f}{theirs / 1e6:14.1f}{ours / theirs:8.2f}{took:16.3f}"
+                  f"{theirs_took:14.3f}", flush=True)
+            rows.append({"shape": name, "stage": stage, "ours": ours, "transformers": theirs, "share": ours / theirs,
+                         "seconds": [took, theirs_took]})
     return {"rows": rows, "dtype": dtype, "micro": args.micro}
+
+
+def bench_growth(args, repeat=3):
+    """Time and kept bytes of a stage-2 update at toy width as one size doubles, beside its arithmetic; a plot."""
+    from matplotlib.figure import Figure
+
+    from model import PRESETS, InfMLLM, flops, init
+    base, rows, clock = {"rows": 16, "text": 64, "grid": 4, "image": 64}, [], step_clock(args.device)
+    axes = {"rows": (8, 16, 32, 64), "text": (32, 64, 128, 256), "grid": (2, 4, 8, 16), "image": (32, 64, 128, 256)}
+    figure = Figure(figsize=(10, 2.6))
+    print("axis      value     ms    x    MB kept    x   GFLOP    x")
+    for plot, (axis, values) in zip(figure.subplots(1, 4), axes.items()):
+        points = []
+        for value in values:
+            at = base | {"image": 128 if axis == "grid" else 64} | {axis: value}     # 16 x 16 patches to pool
+            c = PRESETS["toy"]()
+            c.vit.image_size, c.grid, c.llm.context = at["image"], at["grid"], 1024
+            samples = talk(c, 2, at["rows"], at["text"], at["text"] // 4, unequal=False)
+            model = init(InfMLLM(c)).to(args.device)
+            update, gradients = our_update(model, 2, samples, args.device, "fp32")
+            kept = kept_bytes(model, gradients) / 1e6
+            took = 1e3 * min(clock(update) for _ in range(repeat))
+            work = at["rows"] * sum(flops(c, at["text"], at["text"] // 4, 2).values()) / 1e9
+            points.append((took, kept, work))
+            x = [now / before for now, before in zip(points[-1], points[-2])] if len(points) > 1 else [1, 1, 1]
+            print(f"{axis:8}{value:7}{took:7.1f}{x[0]:5.2f}{kept:11.1f}{x[1]:5.2f}{work:8.2f}{x[2]:5.2f}", flush=True)
+            rows.append({"axis": axis, "value": value, "ms": took, "kept_MB": kept, "GFLOP": work})
+        at = [v * v for v in values] if axis in ("grid", "image") else values
+        for name, y in zip(("time", "memory", "arithmetic"), zip(*points)):
+            plot.loglog(at, [v / y[0] for v in y], {"arithmetic": "k:"}.get(name, "o-"), label=name, markersize=3)
+        plot.set_title({"grid": "visual tokens P²", "image": "pixels", "rows": "batch"}.get(axis, axis), fontsize=9)
+        plot.tick_params(labelsize=7)
+    figure.axes[0].legend(fontsize=7)
+    figure.savefig("assets/pictures/growth.png", dpi=90, bbox_inches="tight")
+    return {"rows": rows}
+
+
+def bench_limit(args, new=128):
+    """How far from the device's limit: MFU and peak memory of each stage, and the bandwidth of decoding. Random weights
+    at the preset's own size, in bf16 on a GPU."""
+    from model import IMAGE, PRESETS, InfMLLM, flops
+    from report import peak_flops
+    from sample import generate_ids
+    from train import DTYPES, PAPER, STAGES
+    cuda, rows = args.device == "cuda", []
+    dtype, n = ("bf16", 8192) if cuda else ("fp32", 1024)
+    a = torch.randn(n, n, device=args.device, dtype=DTYPES[dtype])
+    rate, sheet = 2 * n ** 3 / seconds(lambda: a @ a, 20), peak_flops(torch.device(args.device))
+    print(f"{args.preset}, {dtype}: matmul {rate / 1e12:.2f} TFLOP/s measured, {sheet and sheet / 1e12} by data sheet")
+    print("stage  rows     ms   samples/s   MFU  of data sheet   peak GB")
+    for stage in (1, 2, 3):
+        row, c = STAGES.get(args.preset, PAPER)[stage], PRESETS[args.preset]()
+        c.vit.image_size, c.grid = row.image_size or c.vit.image_size, row.grid or c.grid
+        with torch.device("meta"): model = InfMLLM(c).to(DTYPES[dtype])
+        model = model.to_empty(device=args.device)
+        with torch.no_grad():
+            for p in model.parameters(): p.normal_(0, 0.02)
+        samples = talk(c, stage, row.rows, row.text, row.answer, unequal=False)
+        update = our_update(model, stage, samples, args.device, dtype, 1, args.preset, row.recompute)[0]
+        took, work = seconds(update, 5, warmup=2), row.rows * sum(flops(c, row.text, row.answer, stage).values())
+        peak = torch.cuda.max_memory_allocated() if cuda else status("VmHWM")
+        rows.append({"stage": stage, "rows": row.rows, "seconds": took, "MFU": work / took / rate, "peak": peak,
+                     "MFU_sheet": sheet and work / took / sheet})
+        print(f"{stage:5}{row.rows:6}{1e3 * took:7.0f}{row.rows / took:12.1f}{100 * rows[-1]['MFU']:5.0f}%"
+              f"{100 * (rows[-1]['MFU_sheet'] or 0):13.0f}%{peak / 1e9:11.2f}", flush=True)
+        del update
+        if cuda: torch.cuda.empty_cache(), torch.cuda.reset_peak_memory_stats()
+    model.to(DTYPES[dtype]).eval().requires_grad_(False)
+    size = sum(p.nbytes for name, p in model.llm.named_parameters() if not name.startswith("embed."))
+    copy = copy_bandwidth(args.device, 1 << 30 if cuda else 1 << 27)
+    images = torch.zeros(1, 3, c.vit.image_size, c.vit.image_size, device=args.device, dtype=DTYPES[dtype])
+    for batch in (1, 32):
+        prompt = [[1] + [IMAGE] * c.visual_tokens + list(range(5, 25))] * batch
+        call = partial(generate_ids, model, images, prompt, [0] * batch, max_new_tokens=new, min_new_tokens=new)
+        took = seconds(call, 3)
+        read = new * size / took                             # bytes of weights a second
+        print(f"decode, batch {batch}: {batch * new / took:.1f} tokens/s, {read / 1e9:.1f} GB/s of weights = "
+              f"{100 * read / copy:.0f}% of a copy's {copy / 1e9:.0f} GB/s", flush=True)
+        rows.append({"batch": batch, "tokens/s": batch * new / took, "of_copy": read / copy})
+    return {"preset": args.preset, "matmul": rate, "sheet": sheet, "copy": copy, "rows": rows}
 
 
 def bench_loop(args, steps=40):
@@ -555,6 +651,7 @@ def bench_tune(args, steps=12):
 
 
 BENCHES = {"tune": bench_tune, "pool": bench_pool, "step": bench_step, "loop": bench_loop, "memory": bench_memory,
+           "growth": bench_growth, "limit": bench_limit,
            "data": bench_data,
            "loader": partial(bench_data, parts=(bench_loader,)), "decode": bench_decode,
            "decode-small": partial(bench_decode, size="small", new=8, repeat=2)}
@@ -564,7 +661,8 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("bench", choices=sorted(BENCHES), help="which claim to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
-    parser.add_argument("--shapes", default="toy,100M", help="of step and memory: toy, 100M or both")
+    parser.add_argument("--shapes", default="toy,100M", help="of step and memory: toy, 100M, 7b, several")
+    parser.add_argument("--preset", default="toy", help="of limit")
     parser.add_argument("--micro", type=int, default=4, help="of step and memory: our micro-batches of the one batch")
     args = parser.parse_args()
     print(f"{args.bench} on {device_name(args.device)}, torch {torch.__version__}")
