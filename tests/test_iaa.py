@@ -351,7 +351,6 @@ def test_a_plan_counts_a_branch_and_its_kept_bytes_are_autograds(capsys, monkeyp
         return Config(ViTConfig(32, 4, 32, 1, 4, 96), llm, grid=4)
     for few, many in (([0], [0, 1, 2, 3]), ([5], [0, 1, 4, 5])):
         calculated = report.kept(make(many), s) - report.kept(make(few), s)
-        calculated += 3 * 2 * 64 * 4 * s["rows"] * (16 + s["text"])       # RMSNorm on a CPU: see test_plan
         measured = saved_bytes(make(many), s) - saved_bytes(make(few), s)
         assert calculated == pytest.approx(measured, rel=0.03), (few, many)
 
