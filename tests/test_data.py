@@ -314,6 +314,40 @@ def test_boxes_are_parsed_strictly_and_separately_as_the_released_code_does():
         assert parse_box_released(f"<box>(0.00,0.10),({x2 / 100:.2f},0.20)</box>") == (0, 0.1, x2 / 100, 0.2)
 
 
+A = (0.12, 0.34, 0.56, 0.78)
+BOXES = [   # text, what it is, what the released code takes it for
+    ("<box>(0.12,0.34),(0.56,0.78)</box>", A, A), ("It is at <box>(0.12,0.34),(0.56,0.78)</box>.", A, A),
+    ("<box>(0.00,0.00),(0.99,0.99)</box>", (0.0, 0.0, 0.99, 0.99), (0.0, 0.0, 0.99, 0.99)),
+    ("<box>(0.00,0.00),(1.00,1.00)</box>", (0.0, 0.0, 1.0, 1.0), None),
+    ("<box>(0,0),(1,1)</box>", (0.0, 0.0, 1.0, 1.0), None),
+    ("<box>(0.1,0.2),(0.3,0.4)</box>", (0.1, 0.2, 0.3, 0.4), (0.1, 0.2, 0.3, 0.4)),
+    ("<box>(0.1, 0.2), (0.3, 0.4)</box>", (0.1, 0.2, 0.3, 0.4), None),
+    ("<box> ( 0.1 , 0.2 ) , ( 0.3 , 0.4 ) </box>", (0.1, 0.2, 0.3, 0.4), None),
+    ("<box>(0.12,0.34),(0.56,0.78)</box> and <box>(0.01,0.02),(0.03,0.04)</box>", A, (0.12, 0.34, 0.03, 0.04)),
+    ("<box>(0.5,0.5),(0.5,0.5)</box>", (0.5, 0.5, 0.5, 0.5), (0.5, 0.5, 0.5, 0.5)),
+    ("<box>(0.56,0.34),(0.12,0.78)</box>", None, (0.56, 0.34, 0.12, 0.78)),
+    ("<box>(0.12,0.78),(0.56,0.34)</box>", None, (0.12, 0.78, 0.56, 0.34)), ("", None, None), ("no box", None, None),
+    ("<box></box>", None, None), ("<box>(0.12,0.34)</box>", None, None), ("(0.12,0.34),(0.56,0.78)", None, A),
+    ("0.12,0.34,0.56,0.78", None, A), ("<box>0.12,0.34,0.56,0.78</box>", None, A),
+    ("<box>(0.12,0.34),(0.56,0.78)", None, A), ("(0.12,0.34),(0.56,0.78)</box>", None, A),
+    ("<box>[0.12,0.34],[0.56,0.78]</box>", None, A), ("<box>(0.12;0.34),(0.56;0.78)</box>", None, None),
+    ("<box>(-0.12,0.34),(0.56,0.78)</box>", None, A), ("<box>(1.12,0.34),(0.56,0.78)</box>", None, None),
+    ("<box>(0.12,0.34),(0.56,1.78)</box>", None, None), ("<box>(.12,.34),(.56,.78)</box>", None, None),
+    ("<box>(12,34),(56,78)</box>", None, None), ("<box>(012,034),(056,078)</box>", None, (12.0, 34.0, 56.0, 78.0)),
+    ("<box>(0.120,0.340),(0.560,0.780)</box>", A, A),
+    ("<box>(0.120,0.340),(0.056,0.780)</box>", None, (0.12, 0.34, 56.0, 0.78)),
+    ("<box>(nan,0.34),(0.56,0.78)</box>", None, None), ("<box>(0.1e1,0.34),(0.56,0.78)</box>", None, None),
+    ("<BOX>(0.12,0.34),(0.56,0.78)</BOX>", None, A), ("<box>(0.12,0.34),\n(0.56,0.78)</box>", A, None),
+    ("<box>(0.12,0.34),(0.56,0.78),(0.9,0.9)</box>", None, (0.12, 0.34, 0.9, 0.9)),
+    ("<box>(0x12,0x34),(0x56,0x78)</box>", None, None),
+]
+
+
+def test_a_table_of_boxes_well_and_ill_formed_is_read_by_both_parsers_as_by_hand():
+    assert len({text for text, _, _ in BOXES}) == len(BOXES) >= 30
+    for text, strict, released in BOXES: assert (parse_box(text), parse_box_released(text)) == (strict, released), text
+
+
 @pytest.mark.parametrize("kind", ["squash", "crop", "pad"])
 @pytest.mark.parametrize("size", [(320, 200), (200, 320), (256, 256)])
 def test_a_box_lands_on_the_same_coloured_pixels_after_every_transform(kind, size):
