@@ -101,11 +101,17 @@ def alive(pid):
 
 def aim(process, out, rng, way):
     """Return at the moment to strike: a checkpoint is being written, or steps have been done, or just any time."""
-    old, goal, until = set(out.glob("*.new")), logged(out) + rng.randint(1, 3), time.monotonic() + rng.uniform(0, 1)
-    strike = {"write": lambda: set(out.glob("*.new")) - old, "step": lambda: logged(out) >= goal,
+    old, goal, until = halves(out), logged(out) + rng.randint(1, 3), time.monotonic() + rng.uniform(0, 1)
+    strike = {"write": lambda: halves(out) - old, "step": lambda: logged(out) >= goal,
               "time": lambda: time.monotonic() > until}[way]
     while process.is_alive() and not strike(): time.sleep(0.0005)
     if way == "step": time.sleep(rng.uniform(0, 0.03))
+
+
+def halves(out):
+    """Checkpoints that are being written, or were when their process was killed."""
+    with suppress(FileNotFoundError): return {(p.name, p.stat().st_ino) for p in out.glob("*.new")}
+    return set()
 
 
 def begun(process, folder): return not process.is_alive() or (folder / "begun").read_text() == str(process.pid)
@@ -115,6 +121,7 @@ def killed(world, folder, stage, kills, rng, *more, ways=("write", "step", "writ
     """A run that is killed so often and goes on with --resume. -> (its folder, kills that hit a write)"""
     out, done, writing = folder / "killed", 0, 0
     while True:
+        before = halves(out)
         process, = tiny.start(folder, *flags(world, stage, *more, "--out", out, "--resume"), slow=0.01)
         wait_for(lambda: begun(process, folder))                         # noqa: B023
         if done < kills: aim(process, out, rng, ways[done % len(ways)])
@@ -124,7 +131,7 @@ def killed(world, folder, stage, kills, rng, *more, ways=("write", "step", "writ
         process.join()
         wait_for(lambda: not any(map(alive, helpers)))                   # noqa: B023  loader processes leave, too
         if process.exitcode != -signal.SIGKILL: break
-        done, writing = done + 1, writing + bool(list(out.glob("*.new")))
+        done, writing = done + 1, writing + bool(halves(out) - before)
     assert process.exitcode == 0 and done == kills, (process.exitcode, done, tiny.said(folder)[-3000:])
     return out, writing
 
