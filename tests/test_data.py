@@ -2,7 +2,6 @@
 import io
 import json
 import math
-import multiprocessing
 import os
 import pickle
 import random
@@ -591,7 +590,7 @@ def test_a_spawned_worker_opens_the_same_data(tmp_path, mixed, monkeypatch):
     data, key = data_of(tmp_path, *mixed, train=True, batch=8), (5, 0, 2, 0, 1)
     copy = pickle.loads(pickle.dumps(data))
     assert same(copy.micro_batch(key), data.micro_batch(key))
-    monkeypatch.setattr(multiprocessing, "get_start_method", lambda: "spawn")      # and it does without shared memory
+    monkeypatch.setattr(D, "METHOD", "spawn")                          # and it does without shared memory
     shelf = D.Shelf(data, 4, 1, 2)
     [job] = shelf.jobs([key])
     assert same(shelf.lend(pickle.loads(pickle.dumps(shelf))[job]), data.micro_batch(key))

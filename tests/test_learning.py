@@ -3,6 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 import evaluate
 import toy
@@ -25,7 +26,8 @@ def scores(ckpt, out, rows=100):
 @pytest.fixture(scope="module")
 def learnt(tmp_path_factory):
     """Scores before stage 1 and after each stage."""
-    here = Path.cwd()
+    here, threads = Path.cwd(), torch.get_num_threads()
+    torch.set_num_threads(1)                                             # two would spin for one another on busy cores
     os.chdir(tmp_path_factory.mktemp("learning"))
     try:
         toy.write("out/toy", scenes=2000)
@@ -36,7 +38,9 @@ def learnt(tmp_path_factory):
             found.append(scores(start, f"e{stage}"))
         print(found)
         return found
-    finally: os.chdir(here)
+    finally:
+        os.chdir(here)
+        torch.set_num_threads(threads)
 
 
 def test_stage_1_teaches_to_name_things_and_not_to_point(learnt):

@@ -84,7 +84,7 @@ def test_an_eva_file_gives_what_blip2_gives(tmp_path):
         else: state[key] = t
     extra = {k.replace("blocks.0.", "blocks.4."): t for k, t in state.items() if k.startswith("blocks.0.")}
     torch.save(state | extra | {"head.weight": torch.ones(3, 48), "norm.bias": torch.ones(48)}, tmp_path / "eva.pth")
-    config = checkpoint.blip2_config(theirs.config.to_dict())
+    config = checkpoint.blip2_config(theirs.config.to_dict(), "a BLIP-2 tower")
     ours = checkpoint.load_vit(tmp_path / "eva.pth", config=config)
     again = checkpoint.load_vit(oracle.folder(theirs, tmp_path / "blip2"))
     for (name, a), (_, b) in zip(ours.named_parameters(), again.named_parameters()): assert torch.equal(a, b), name
