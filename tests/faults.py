@@ -29,7 +29,7 @@ import train
 from data import BadInput
 
 FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-every", "0"]
-RUN = ["--steps", "80", "--save-every", "1"]
+RUN = ["--steps", "160", "--save-every", "1"]
 
 
 @pytest.fixture(scope="module")
@@ -101,7 +101,7 @@ def alive(pid):
 
 def aim(process, out, rng, way):
     """Return at the moment to strike: a checkpoint is being written, or steps have been done, or just any time."""
-    old, goal, until = halves(out), logged(out) + rng.randint(1, 3), time.monotonic() + rng.uniform(0, 1)
+    old, goal, until = halves(out), logged(out) + rng.randint(1, 3), time.monotonic() + rng.uniform(0, 0.5)
     strike = {"write": lambda: halves(out) - old, "step": lambda: logged(out) >= goal,
               "time": lambda: time.monotonic() > until}[way]
     while process.is_alive() and not strike(): time.sleep(0.0005)
@@ -122,7 +122,7 @@ def killed(world, folder, stage, kills, rng, *more, ways=("write", "step", "writ
     out, done, writing = folder / "killed", 0, 0
     while True:
         before = halves(out)
-        process, = tiny.start(folder, *flags(world, stage, *more, "--out", out, "--resume"), slow=0.01)
+        process, = tiny.start(folder, *flags(world, stage, *more, "--out", out, "--resume"), slow=0.05)
         wait_for(lambda: begun(process, folder))                         # noqa: B023
         if done < kills: aim(process, out, rng, ways[done % len(ways)])
         else: process.join()
@@ -140,7 +140,7 @@ def stopped(world, folder, stage, times, rng, *more):
     """The same with SIGTERM and SIGINT, to the process or to its loader too, as a terminal and a scheduler do it."""
     out, codes = folder / "stopped", []
     while len(codes) < times:
-        process, = tiny.start(folder, *flags(world, stage, *more, "--out", out, "--resume"), slow=0.01)
+        process, = tiny.start(folder, *flags(world, stage, *more, "--out", out, "--resume"), slow=0.05)
         wait_for(lambda: begun(process, folder))                         # noqa: B023
         aim(process, out, rng, rng.choice(("write", "step", "time", "time")))
         number = rng.choice((signal.SIGTERM, signal.SIGINT))
@@ -152,7 +152,7 @@ def stopped(world, folder, stage, times, rng, *more):
         codes.append(process.exitcode)
         steps = [int(p.name[5:]) for p in out.glob("step-*")]
         assert max(steps, default=0) >= logged(out), "steps were done and not saved"
-        assert max(steps, default=0) < int(RUN[1]), "the run was over before it had been stopped so often"
+        assert max(steps, default=0) < int(more[1]), "the run was over before it had been stopped so often"
     assert run(*flags(world, stage, *more, "--out", out, "--resume")) == 0
     return out, codes
 

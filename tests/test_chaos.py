@@ -52,7 +52,7 @@ def test_a_hundred_kills_over_three_stages_change_no_byte(world, here, stage, ki
 
 @pytest.mark.parametrize("stage, times", [(1, 17), (2, 17), (3, 16)])
 def test_fifty_signals_save_and_resume(world, here, stage, times):
-    more = (*RUN[:2], "--save-every", 7, "--workers", stage % 2)
+    more = ("--steps", 300, "--save-every", 7, "--workers", stage % 2)
     whole, curve = straight(world, here / "straight", stage, *more)
     out, codes = stopped(world, here, stage, times, random.Random(stage), *more)
     assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve

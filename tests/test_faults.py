@@ -53,7 +53,7 @@ __all__ = ["here", "world", "made"]                                      # fixtu
 # ---- signals ---------------------------------------------------------------------------------------------------------
 
 def test_sigterm_and_ctrl_c_at_any_moment_save_what_was_done_and_lose_nothing(world, here):
-    settings = ["--steps", 80, "--save-every", 3]
+    settings = ["--steps", 120, "--save-every", 3]
     whole, curve = straight(world, here / "straight", 1, *settings)
     out, codes = stopped(world, here, 1, 6, random.Random(5), *settings)
     assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve and 0 in codes
