@@ -315,7 +315,7 @@ def shape(name):
     from model import CLIP_L, PRESETS, LlamaConfig, ViTConfig
     toy = PRESETS["toy"]()                                             # 64 visual tokens an image, and in 100M
     return {"toy": (toy.vit, toy.llm, 64, 0, 0),                       # 0: as train.py's table says for each stage
-            "100M": (ViTConfig(112, 14, 512, 8, 8, 2048), LlamaConfig(32000, 512, 12, 8, 8, 1408), 16, 96, 32),
+            "100M": (ViTConfig(112, 14, 512, 8, 8, 2048), LlamaConfig(32000, 512, 12, 8, 8, 1408), 8, 96, 32),
             "7b": (ViTConfig(**CLIP_L), PRESETS["llava-7b"]().llm, 8, 96, 32)}[name]
 
 
@@ -385,14 +385,14 @@ def their_update(model, stage, samples, device, dtype):
 
 
 def counted_flops(run):
-    """What a function really multiplies, by torch's counter; causal attention counts whole, on both sides alike."""
+    """(what a function really multiplies by torch's counter, its value); causal attention counts whole."""
     from torch.utils import flop_counter as fc
     forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu             # the counter knows CUDA's alone
     backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
     mapping = {forward: lambda q, k, v, *rest, **named: fc.sdpa_flop_count(q, k, v),
                backward: lambda dy, q, k, v, *rest, **named: fc.sdpa_backward_flop_count(dy, q, k, v)}
-    with fc.FlopCounterMode(display=False, custom_mapping=mapping) as counter: run()
-    return counter.get_total_flops()
+    with fc.FlopCounterMode(display=False, custom_mapping=mapping) as counter: loss = run()
+    return counter.get_total_flops(), float(loss)
 
 
 def fast_bf16(device):
@@ -411,8 +411,8 @@ def step_clock(device):
     return clock
 
 
-def bench_step(args, repeat=5):
-    """Updates per second against transformers' LLaVA, in turns, the best of `repeat`."""
+def bench_step(args):
+    """Updates per second against transformers' LLaVA, in turns, the best of --repeat."""
     clock = step_clock(args.device)
     dtypes, rows = ["fp32"] * (args.device == "cpu") + ["bf16"] * fast_bf16(args.device), []
     if "bf16" not in dtypes: print("bf16 is not compared: this processor does not multiply in it")
@@ -424,19 +424,18 @@ def bench_step(args, repeat=5):
             samples = talk(ours.config, stage, count, *text)
             sides = {"ours": our_update(ours, stage, samples, args.device, dtype, args.micro),
                      "transformers": their_update(theirs, stage, samples, args.device, dtype)}
-            flops = {side: counted_flops(gradients) for side, (_, gradients) in sides.items()}
-            tokens = sum(t >= 0 for _, wanted, _ in samples for t in wanted)
-            loss = {side: float(gradients()) for side, (_, gradients) in sides.items()}
-            loss["ours"] /= tokens
+            found = {side: counted_flops(gradients) for side, (_, gradients) in sides.items()}
+            (our_flops, our_loss), (their_flops, their_loss) = found.values()
+            our_loss /= sum(t >= 0 for _, wanted, _ in samples for t in wanted)
             for model in (ours, theirs): model.zero_grad()
             took = dict.fromkeys(sides, float("inf"))
-            for _ in range(repeat):
+            for _ in range(args.repeat):
                 for side, (update, _) in sides.items(): took[side] = min(took[side], clock(update))
             rate = {side: count / t for side, t in took.items()}
             row = {"shape": name, "stage": stage, "dtype": dtype, **rate, "x": rate["ours"] / rate["transformers"],
-                   "allowed": flops["transformers"] / flops["ours"], "loss": loss}
+                   "allowed": their_flops / our_flops, "loss": [our_loss, their_loss]}
             print(f"{name:6}{stage:6}  {dtype}{rate['ours']:20.1f}{rate['transformers']:14.1f}{row['x']:7.2f}"
-                  f"{row['allowed']:14.2f}{loss['ours']:13.5f}{loss['transformers']:14.5f}")
+                  f"{row['allowed']:14.2f}{our_loss:13.5f}{their_loss:14.5f}", flush=True)
             rows.append(row)
     return {"rows": rows}
 
@@ -662,6 +661,7 @@ def main():
     parser.add_argument("bench", choices=sorted(BENCHES), help="which claim to measure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cpu or cuda")
     parser.add_argument("--shapes", default="toy,100M", help="of step and memory: toy, 100M, 7b, several")
+    parser.add_argument("--repeat", type=int, default=5, help="of step: how often in turns")
     parser.add_argument("--preset", default="toy", help="of limit")
     parser.add_argument("--micro", type=int, default=4, help="of step and memory: our micro-batches of the one batch")
     args = parser.parse_args()
