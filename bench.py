@@ -4,6 +4,7 @@
     python bench.py decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
     python bench.py step         # an update against transformers', per stage, at two shapes; loop: the loop's cost
     python bench.py memory       # the peak of an update against transformers', each in a process of its own
+    python bench.py profile      # the kernels of an update by time, per stage, ours and transformers'
     python bench.py growth       # time and memory of an update as batch, text, visual tokens and image size double
     python bench.py limit --preset infmllm-7b       # MFU and memory of each stage, bandwidth of decoding: for a GPU
     python bench.py data         # opening and reading a million records; the loader against a bare Pillow loop
@@ -440,6 +441,30 @@ def bench_step(args):
     return {"rows": rows}
 
 
+def bench_profile(args, steps=3, shown=15):
+    """Where an update's time goes, by kernel: torch's profiler, self time, each stage and side. On idle cores only."""
+    from torch.profiler import profile
+    rows = []
+    for name, stage in ((name, stage) for name in args.shapes.split(",") for stage in (1, 2, 3)):
+        vit, llm, count, *text = shape(name)
+        theirs, ours = llava_pair(vit, llm, args.device)
+        samples = talk(ours.config, stage, count, *text)
+        for side, (update, _) in {"ours": our_update(ours, stage, samples, args.device, "fp32", args.micro),
+                                  "transformers": their_update(theirs, stage, samples, args.device, "fp32")}.items():
+            for _ in range(2): update()                      # memory is in place, and the second one is like the rest
+            with profile() as found:
+                for _ in range(steps): update()
+            cuda = args.device == "cuda"
+            took = {e.key: (e.self_device_time_total if cuda else e.self_cpu_time_total) / 1e3 / steps
+                    for e in found.key_averages()}
+            total = sum(took.values())
+            print(f"{name}, stage {stage}, {side}: {total:.1f} ms an update")
+            for key in sorted(took, key=took.get, reverse=True)[:shown]:
+                print(f"{took[key]:10.1f} ms {100 * took[key] / total:5.1f}%  {key}")
+            rows.append({"shape": name, "stage": stage, "side": side, "ms": total})
+    return {"rows": rows}
+
+
 def status(key): return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
 
 
@@ -650,7 +675,7 @@ def bench_tune(args, steps=12):
 
 
 BENCHES = {"tune": bench_tune, "pool": bench_pool, "step": bench_step, "loop": bench_loop, "memory": bench_memory,
-           "growth": bench_growth, "limit": bench_limit,
+           "growth": bench_growth, "limit": bench_limit, "profile": bench_profile,
            "data": bench_data,
            "loader": partial(bench_data, parts=(bench_loader,)), "decode": bench_decode,
            "decode-small": partial(bench_decode, size="small", new=8, repeat=2)}
