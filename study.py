@@ -34,7 +34,7 @@ ARMS = {     # of the study of adapters: flags of both stages
     "pool 4x4": [], "resampler, 16 queries": ["--adapter", "resampler"], "pool 2x2": ["--grid", "2"],
     "pool 8x8": ["--grid", "8"], "mlp, 64 tokens": ["--adapter", "mlp"], "pool 4x4, no stage 1": [],
 }
-FIRST, SECOND, EVERY, BATCH = 100, 200, 100, 32       # of that study: steps of stage 1 and 2, and from look to look
+FIRST, SECOND, EVERY, BATCH = 150, 600, 200, 32       # of that study: steps of stage 1 and 2, and from look to look
 TUNES = {"frozen, inner adaptors": "inner", "Q and V": "qv", "full": "full"}    # the ViT is frozen in all of them
 RATES = (3e-4, 1e-3)       # peak learning rates of what trains in the LLM ...
 BUDGET = ["--steps", 300, "--batch", 32]   # ... and the length of the runs, the same for every arm
