@@ -542,6 +542,9 @@ def bench_growth(args, repeat=3):
             plot.loglog(at, [v / y[0] for v in y], {"arithmetic": "k:"}.get(name, "o-"), label=name, markersize=3)
         plot.set_title({"grid": "visual tokens P²", "image": "pixels", "rows": "batch"}.get(axis, axis), fontsize=9)
         plot.tick_params(labelsize=7)
+        plot.set_xticks(at, map(str, at))
+        plot.set_yticks([1, 2, 4, 8, 16, 32], ["1", "2", "4", "8", "16", "32"])
+        plot.minorticks_off()
     figure.axes[0].legend(fontsize=7)
     figure.savefig("assets/pictures/growth.png", dpi=90, bbox_inches="tight")
     return {"rows": rows}
