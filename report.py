@@ -7,6 +7,7 @@ import math
 import re
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -123,7 +124,8 @@ class Peak:
 
     def begin(self):
         if self.device: torch.cuda.reset_peak_memory_stats(self.device)
-        elif Path("/proc/self/clear_refs").exists(): Path("/proc/self/clear_refs").write_text("5")
+        else:
+            with suppress(OSError): Path("/proc/self/clear_refs").write_text("5")      # not there, or not ours to write
         self.start = self.read()
 
     def read(self):
@@ -220,7 +222,8 @@ def final_scores(out, mixture, rows):
     argv = ["--ckpt", str(out), "--data", str(mixture), "--limit", str(rows), "--beams", "1", "--min-new-tokens", "0",
             "--batch", "50", "--out", str(out / "evaluation"), "--sheet", str(out / "sheet.png")]
     print("python evaluate.py", *argv)
-    evaluation.examine(evaluation.parse(argv))
+    try: evaluation.examine(evaluation.parse(argv))
+    except BadInput as e: return print(f"not scored: {e}")         # the run is done and saved all the same
     stage_table([p for p in sorted(out.parent.glob("stage[123]")) if p <= out] if out.name[:-1] == "stage" else [out])
     print(f"right and wrong answers: {out / 'sheet.png'}")
 
