@@ -152,7 +152,7 @@ class ViTBlock(nn.Module):
         q, k, v = qkv.view(N, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)           # each (N, H, L, hd)
         x = x + self.proj(attend(q, k, v).transpose(1, 2).reshape(N, L, Dv))
         h = self.fc1(self.norm2(x))
-        h = F.gelu(h) if self.act == "gelu" else h * torch.sigmoid(1.702 * h)
+        h = F.gelu(h) if self.act == "gelu" else F.silu(1.702 * h).div_(1.702)       # h * sigmoid(1.702 h)
         return x + self.fc2(h)
 
 
@@ -309,7 +309,8 @@ class SwiGLU(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dy):
         gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(dy * up, gate), F.silu(gate).mul_(dy)
+        dsilu, dup = dy * up, F.silu(gate).mul_(dy)
+        return torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu), dup      # in its place
 
 
 def linear(x, layer):

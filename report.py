@@ -208,7 +208,8 @@ def examples(run):
             said = generate(run.model, run.tokenizer, [item.images], [item.prompt], TASKS[item.task].pad,
                             max_new_tokens=48)[0]
         wanted = item.turns[0][1]
-        line = f"  {source.name}: {item.prompt[-60:]!r} -> {said!r}" + f", not {wanted!r}" * (said != wanted)
+        asked = item.prompt.split(run.model.config.image_mark)[-1].strip()[-60:]
+        line = f"  {source.name}: {asked!r} -> {said!r}" + f", not {wanted!r}" * (said != wanted)
         box = parse_box(wanted)
         lines.append(line + (f" (IoU {metrics.iou(parse_box(said), box):.2f})" if box else ""))
     if run.args.shard: run.model.reshard()

@@ -34,7 +34,8 @@ ARMS = {     # of the study of adapters: flags of both stages
     "pool 4x4": [], "resampler, 16 queries": ["--adapter", "resampler"], "pool 2x2": ["--grid", "2"],
     "pool 8x8": ["--grid", "8"], "mlp, 64 tokens": ["--adapter", "mlp"], "pool 4x4, no stage 1": [],
 }
-FIRST, SECOND, EVERY, BATCH = 150, 600, 200, 32       # of that study: steps of stage 1 and 2, and from look to look
+FIRST, SECOND, EVERY, BATCH = 150, 600, 200, 32       # of that study: steps of stage 1 and 2, and from look to look;
+SOME = ("--limit", 500)                               # samples of a source at each
 TUNES = {"frozen, inner adaptors": "inner", "Q and V": "qv", "full": "full"}    # the ViT is frozen in all of them
 RATES = (3e-4, 1e-3)       # peak learning rates of what trains in the LLM ...
 BUDGET = ["--steps", 300, "--batch", 32]   # ... and the length of the runs, the same for every arm
@@ -52,10 +53,10 @@ def train(stage, out, seed, *flags):
     run("train", "--stage", stage, "--seed", seed, "--out", out, "--resume", "--score-rows", 0, *flags)
 
 
-def examine(ckpt, out, data="heldout", limit=500, *flags):
-    """evaluate.py's scores of a checkpoint as {source: {metric: ...}}."""
+def examine(ckpt, out, data="heldout", *flags):
+    """evaluate.py's scores of a checkpoint as {source: {metric: ...}}, of all samples where no --limit is given."""
     if not (out / "scores.json").is_file():
-        run("evaluate", "--ckpt", ckpt, "--data", f"out/toy/{data}.toml", "--out", out, "--limit", limit,
+        run("evaluate", "--ckpt", ckpt, "--data", f"out/toy/{data}.toml", "--out", out,
             "--beams", 1, "--min-new-tokens", 0, "--batch", 50, *flags)
     return json.loads((out / "scores.json").read_text())
 
@@ -107,10 +108,10 @@ def one_arm(job):
         train(1, home / "stage1", seed, *start, *short, "--steps", FIRST)
         start = []
     train(2, home / "stage2", seed, *start, *short, "--steps", SECOND, "--save-every", EVERY, "--keep", 99)
-    way = [examine(home / f"stage2/step-{step:08d}", home / f"boxes{step}", "heldout", 200, "--task", "ground")
+    way = [examine(home / f"stage2/step-{step:08d}", home / f"boxes{step}", "heldout", *SOME, "--task", "ground")
            for step in range(EVERY, SECOND + 1, EVERY)]
     last = way[-1]
-    for task in ("caption", "vqa"): last |= examine(home / "stage2", home / task, "heldout", 200, "--task", task)
+    for task in ("caption", "vqa"): last |= examine(home / "stage2", home / task, "heldout", *SOME, "--task", task)
     return last, [value(scores, "refs", "Acc@0.5") for scores in way]
 
 
@@ -136,7 +137,7 @@ def one_tune(job):
                    "--tune", TUNES[name], "--lr", f"adapter=2e-3,llm={rate:g}", *BUDGET)
     else: train(1, begin, seed)
     ckpt = home / "run" if rate else begin
-    scores = examine(ckpt, home / "asked", "asked", 250)
+    scores = examine(ckpt, home / "asked", "asked", "--limit", 250)
     model, tokenizer = sample.load_model(ckpt, device="cpu")
     with model.using(None): text = toy.reading(model.llm, tokenizer)       # text alone is the base's, branch or not
     return {n: value(scores, *ROWS[n][1:]) for n in list(ROWS)[:4]} | {

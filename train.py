@@ -66,8 +66,8 @@ class Stage:
 
 TOY = {
     1: Stage(300, 64, 64, {"adapter": 5e-3}, None, None),
-    2: Stage(800, 64, 64, {"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3}, None, None, weight_decay=0.01),
-    3: Stage(300, 64, 64, {"adapter": 3e-4, "llm": 3e-4}, None, None, weight_decay=0.01, text=160, answer=48),
+    2: Stage(1000, 64, 64, {"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3}, None, None, weight_decay=0.01),
+    3: Stage(400, 64, 64, {"adapter": 3e-4, "llm": 3e-4}, None, None, weight_decay=0.01, text=160, answer=48),
 }
 PAPER = {
     # batch 1024, 224 px, alignment on web-scale pairs [published]; a projector's 1e-3 [LLaVA-1.5]
@@ -167,7 +167,7 @@ def flags():
     add("--compile", action="store_true", help="torch.compile each layer")
     add("--log-every", type=between(int, 1), default=10, help="steps between records of log.jsonl")
     add("--eval-every", type=between(int, 0), help="steps between held-out evaluations; 0: never; default: 4 a run")
-    add("--eval-rows", type=between(int, 1), default=256, help="held-out rows of each evaluation")
+    add("--eval-rows", type=between(int, 1), default=128, help="held-out rows of each evaluation")
     add("--score-rows", type=between(int, 0), default=100, help="held-out rows of each source that are answered and "
         "scored at the end, where one process trains; 0: none")
     add("--save-every", type=between(int, 0), help="steps between checkpoints; 0: the last alone; default: 4 a run")
