@@ -111,6 +111,10 @@ def test_a_checkpoint_cut_or_flipped_anywhere_is_detected(tmp_path):
         file.unlink()
         with pytest.raises(BadInput): checkpoint.load(tmp_path / "c")
         file.write_bytes(whole)
+    sums = json.loads((tmp_path / "c/checksums.json").read_text())
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "c/checksums.json").write_text(json.dumps({k: v for k, v in sums.items() if k != name}))
+        with pytest.raises(BadInput, match=f"does not list {name}"): checkpoint.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("harm", ["empty", "text", "cut", "folder"])
