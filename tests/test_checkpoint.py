@@ -133,6 +133,24 @@ def test_broken_foreign_files_are_one_sentence_with_file_and_remedy(name, harm, 
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
+def test_weights_that_are_no_floats_are_refused_by_name(tmp_path):
+    oracle.folder(oracle.llama(), tmp_path)
+    tensors = checkpoint.load_tensors(tmp_path / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
+    checkpoint.save_tensors(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match="model.norm.weight of I32, where F16, .*"): checkpoint.load_llama(tmp_path)
+
+
+@pytest.mark.parametrize("key, value", [("num_hidden_layers", 10 ** 9), ("num_hidden_layers", 0), ("vocab_size", 2**30),
+                                        ("intermediate_size", 2 ** 21), ("num_hidden_layers", 2.0)])
+def test_a_config_of_a_billion_layers_and_the_like_is_refused_before_any_is_made(tmp_path, monkeypatch, key, value):
+    oracle.folder(oracle.llama(), tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
+    monkeypatch.setattr(checkpoint, "on_meta", None)
+    with pytest.raises(BadInput, match="config.json"): checkpoint.load_llama(tmp_path)
+
+
 def test_an_index_may_not_name_files_outside_its_folder(tmp_path):
     oracle.folder(oracle.llama(), tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").rename(tmp_path / "outside.safetensors")

@@ -123,8 +123,7 @@ def png(width, height, mode, rows=b""):
                                                  (9_000, 9_000, (16, 0)), (2 ** 31 - 1, 2 ** 31 - 1, (8, 2))])
 def test_a_picture_of_a_billion_pixels_is_refused_by_its_header(tmp_path, width, height, mode):
     world(tmp_path, "image", png(width, height, mode), "im/a.png")
-    said = bounded(lambda: everything(tmp_path))
-    assert "pixels" in said or "cannot be read" in said, said
+    assert "pixels" in bounded(lambda: everything(tmp_path))             # and not: is cut short
 
 
 @pytest.mark.chaos
