@@ -6,11 +6,13 @@
 
 Names of dimensions: B rows, T tokens, N images, S pixels per side, V = P*P visual tokens per image.
 """
+import ctypes
 import dataclasses
 import io
 import itertools
 import math
 import mmap
+import multiprocessing
 import os
 import re
 import signal
@@ -330,8 +332,11 @@ def shuffled(i, n, key):
 
 def stay(worker):
     """A loader process outlives the signals that a terminal or a scheduler sends to all. It leaves when its parent
-    does, which may have a step to finish."""
+    does, which may have a step to finish; by itself it would wait for ever to write into a pipe that nobody reads."""
     for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)             # PR_SET_PDEATHSIG: this signal when the parent has gone
+        if os.getppid() != multiprocessing.parent_process().pid: os._exit(1)       # it went before that line
 
 
 class Data:

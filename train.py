@@ -739,9 +739,16 @@ def command(argv):
         dist.destroy_process_group()
 
 
+def end_loaders():
+    """At once: they pass by the SIGTERM that Python sends at its end, after which it would wait for them for ever. What
+    torch says of a loader that was killed is not wanted here."""
+    if hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+    for child in multiprocessing.active_children(): child.kill()
+
+
 def at_once(number):
     """A signal while no step is under way: nothing is to be saved. No exception, as C libraries lose some of them."""
-    for child in multiprocessing.active_children(): child.kill()
+    end_loaders()
     os.write(2, b"train.py: stopped while no step was under way; --resume goes on\n")
     with suppress(RuntimeError): sys.stdout.flush()                # the signal may have come in the midst of a print
     os._exit(130)
@@ -749,9 +756,13 @@ def at_once(number):
 
 def main(argv=None):
     try:
-        with checkpoint.on_signals(at_once): command(argv)
-        sys.stdout.flush()
-    except (BadInput, OSError, RuntimeError) as e: return checkpoint.complain(e, "train.py")
+        try:
+            with checkpoint.on_signals(at_once): command(argv)
+            sys.stdout.flush()
+        except (BadInput, OSError, RuntimeError) as e: return checkpoint.complain(e, "train.py")
+    except BaseException:                                          # a bug: its traceback would keep the loaders alive
+        end_loaders()
+        raise
     return 0
 
 

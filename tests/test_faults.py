@@ -18,6 +18,7 @@ import pytest
 import tiny
 import torch
 from faults import (
+    alive,
     children,
     clean,
     contents,
@@ -327,6 +328,27 @@ def test_a_loader_that_the_kernel_kills_ends_the_run_with_a_sentence_and_one_tha
     if number != signal.SIGKILL: return
     assert "train.py: a loader process has gone (DataLoader worker (pid" in said and "--resume goes on" in said
     assert run(*flags(world, 2, "--out", here / "o", "--resume")) == 0 and len(tiny.losses(here / "o")) == 60
+
+
+def test_loaders_never_outlive_their_trainer_be_it_killed_or_ended_by_a_bug(world, here, monkeypatch):
+    settings = "--steps", 500, "--workers", 2
+    process, = tiny.start(here, *flags(world, 1, *settings, "--batch", 256, "--out", here / "o"), slow=0.02)
+    wait_for(lambda: logged(here / "o") >= 3)                            # batches that fill a pipe
+    loaders = children(process.pid)
+    process.kill()
+    wait_for(lambda: not any(map(alive, loaders)), 30)
+    loaders += children(os.getpid())                                     # of other tests
+
+    def bug(*args):
+        loaders.extend(set(children(os.getpid())) - set(loaders))
+        raise ZeroDivisionError
+    monkeypatch.setattr(train, "update", bug)
+    before, handler = len(loaders), signal.getsignal(signal.SIGCHLD)
+    with pytest.raises(ZeroDivisionError) as kept:                       # holds the loop's frame, as sys.last_exc does
+        run(*flags(world, 1, *settings, "--out", here / "p"))
+    signal.signal(signal.SIGCHLD, handler)
+    assert len(loaders) >= before + 2 and kept
+    wait_for(lambda: not any(map(alive, loaders[before:])), 30)
 
 
 def tar_source(folder):
