@@ -330,6 +330,15 @@ def shuffled(i, n, key):
     return i.astype(np.int64)
 
 
+@contextmanager
+def deaf():
+    """SIGTERM and SIGINT are held back; from what is forked in here, for good."""
+    if not hasattr(signal, "pthread_sigmask"): yield; return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    try: yield
+    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def stay(worker):
     """A loader process outlives the signals that a terminal or a scheduler sends to all. It leaves when its parent
     does, which may have a step to finish; by itself it would wait for ever to write into a pipe that nobody reads."""
@@ -465,6 +474,7 @@ class Data:
             shelf, batch_size=None, sampler=shelf.jobs(keys), num_workers=workers,
             generator=torch.Generator(), worker_init_fn=stay, **more)
         micro = []
+        with deaf(): loader = iter(loader)                     # no signal ends a loader before it can stay()
         for batch in loader:
             if isinstance(batch, BadInput): raise batch
             batch = shelf.lend(batch)

@@ -94,7 +94,7 @@ def indexed(path, kind, build):
 
 
 JSON, SPACES = json.JSONDecoder().raw_decode, re.compile(rb"[ \t\r\n]*")
-LONGEST = 2 ** 24                      # bytes of a record; a stranger's longer one could fill any memory with brackets
+LONGEST = 2 ** 23                      # bytes of a record; a stranger's longer one could fill any memory with brackets
 
 
 class Values:

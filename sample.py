@@ -344,8 +344,8 @@ def take_branch(model, branch, dtype=None):
 
 
 def open_image(path):
-    if not Path(path).exists(): raise BadInput(f"{path}: no such image; check the name")
-    if Path(path).is_dir(): raise BadInput(f"{path}: is a folder, not an image; name a file")
+    if not os.path.exists(path): raise BadInput(f"{path}: no such image; check the name")
+    if os.path.isdir(path): raise BadInput(f"{path}: is a folder, not an image; name a file")
     return upright(peek((str(path), 0, -1), "what you named")[0])
 
 

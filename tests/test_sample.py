@@ -139,13 +139,15 @@ def test_the_chat_of_the_command_line_takes_its_commands(made, capsys, monkeypat
     monkeypatch.setattr(sample.Chat, "ask", lambda self, line, **_: iter(
         ["it is at ", "<box>(0.10,0.20),(0.50,0.90)</box>"] if self.image else ["blind"]))
     lines = ["hello", f"/image {made / 'photos/wide.png'}", "/box on", "where?", "/box off", "where?", "/nonsense",
-             "/image nowhere.png", "/image broken.png", "", "  ", "/reset", "<ImageHere>", "/box on", "where?"]
+             "/image nowhere.png", "/image " + "far " * 99 + "away.png", "/image broken.png",
+             "", "  ", "/reset", "<ImageHere>", "/box on", "where?"]
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
     code, out, err = command(capsys, "--ckpt", made / "ck", "--device", "cpu")
     assert (code, err) == (0, "")
     assert out.startswith("blind\n") and out.count("it is at <box>") == 3
     assert out.count("[box.png: the box in pixels is [9.0, 8.0, 45.0, 36.0]]") == 2
-    for hint in ("the commands are", "nowhere.png: no such image", "cannot be read as an image", "reserved mark"):
+    for hint in ("the commands are", "nowhere.png: no such image", "away.png: no such image",
+                 "cannot be read as an image", "reserved mark"):
         assert out.count(hint) == 1, hint
     assert Image.open("box.png").size[1] == 448
 
