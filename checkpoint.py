@@ -307,7 +307,7 @@ def weight_files(path):
             listed = read_json(index).get("weight_map")
             if not isinstance(listed, dict): raise BadInput(f"{index}: has no weight_map; download it again")
             for name in set(listed.values()):
-                if not isinstance(name, str) or Path(name).name != name or not (path / name).is_file():
+                if not isinstance(name, str) or Path(name).name != name or not os.path.isfile(path / name):
                     raise BadInput(f"{index}: names the shard {str(name)[:80]!r}, which is not in the folder; "
                                    "download it again")
             return [kind(path / name) for name in sorted(set(listed.values()))]
@@ -560,7 +560,7 @@ def verify(path, *names):
     for name, entry in sums.items():
         if names and name not in names: continue
         file = path / name
-        if Path(name).name != name or not file.is_file() or [file.stat().st_size, checksum(file)] != entry:
+        if Path(name).name != name or not os.path.isfile(file) or [file.stat().st_size, checksum(file)] != entry:
             raise BadInput(f"{file}: is not what was written (its size or checksum differs); take another checkpoint")
 
 

@@ -115,6 +115,8 @@ def test_a_checkpoint_cut_or_flipped_anywhere_is_detected(tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "c/checksums.json").write_text(json.dumps({k: v for k, v in sums.items() if k != name}))
         with pytest.raises(BadInput, match=f"does not list {name}"): checkpoint.load(tmp_path / "c")
+    (tmp_path / "c/checksums.json").write_text(json.dumps(sums | {"n" * 999: [0, 0]}))              # no system has such
+    with pytest.raises(BadInput, match="is not what was written"): checkpoint.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("harm", ["empty", "text", "cut", "folder"])
@@ -154,6 +156,7 @@ def test_a_config_of_a_billion_layers_and_the_like_is_refused_before_any_is_made
 def test_an_index_may_not_name_files_outside_its_folder(tmp_path):
     oracle.folder(oracle.llama(), tmp_path / "a")
     (tmp_path / "a" / "model.safetensors").rename(tmp_path / "outside.safetensors")
-    index = {"weight_map": {"model.norm.weight": "../outside.safetensors"}}
-    (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(BadInput, match="not in the folder"): checkpoint.load_llama(tmp_path / "a")
+    for name in ("../outside.safetensors", "n" * 999):
+        index = {"weight_map": {"model.norm.weight": name}}
+        (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
+        with pytest.raises(BadInput, match="not in the folder"): checkpoint.load_llama(tmp_path / "a")
