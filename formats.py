@@ -29,7 +29,9 @@ CROPPED = ("caption", "vqa")           # tasks that may see a part of the pictur
 
 
 class BadInput(ValueError):
-    """What a user brought is wrong. One sentence: the file, the record, the remedy. Scripts print it and exit 2."""
+    """What a user brought is wrong. One sentence: the file, the record, the remedy. Scripts print it and exit 2.
+    Names in a stranger's file may hold line ends or a terminal's commands: they are said with blanks instead."""
+    def __init__(self, text): super().__init__("".join(c if c.isprintable() else " " for c in text))
 
 
 # ---- bytes on disk ---------------------------------------------------------------------------------------------------

@@ -143,6 +143,13 @@ def test_weights_that_are_no_floats_are_refused_by_name(tmp_path):
     with pytest.raises(BadInput, match="model.norm.weight of I32, where F16, .*"): checkpoint.load_llama(tmp_path)
 
 
+def test_a_strangers_names_are_said_without_the_commands_in_them(tmp_path):
+    oracle.folder(oracle.llama(), tmp_path)
+    tensors = checkpoint.load_tensors(tmp_path / "model.safetensors")
+    checkpoint.save_tensors(tensors | {"a\n\x1b[2Jb": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=r"\(a  \[2Jb: left over"): checkpoint.load_llama(tmp_path)
+
+
 @pytest.mark.parametrize("key, value", [("num_hidden_layers", 10 ** 9), ("num_hidden_layers", 0), ("vocab_size", 2**30),
                                         ("intermediate_size", 2 ** 21), ("num_hidden_layers", 2.0)])
 def test_a_config_of_a_billion_layers_and_the_like_is_refused_before_any_is_made(tmp_path, monkeypatch, key, value):
