@@ -314,7 +314,7 @@ def clean(text, where):
     if not isinstance(text, str): raise BadInput(f"{where}: holds {type(text).__name__} where text is due; mend it")
     try: text.encode()
     except UnicodeEncodeError as e: raise BadInput(f"{where}: holds half a character (a surrogate); mend it") from e
-    if len(text) > LONGEST // 16: raise BadInput(f"{where}: holds a text of {len(text)} characters; shorten it")
+    if len(text) > LONGEST // 8: raise BadInput(f"{where}: holds a text of {len(text)} characters; shorten it")
     if HERE in text: raise BadInput(f"{where}: holds the reserved mark {HERE}; remove it")
     return text
 
