@@ -450,7 +450,7 @@ def settings(args):
 def answer_all(model, tokenizer, args):
     """One answer a picture: printed, as a line of JSON if asked, and drawn at the end."""
     asked, cells = question(args, model.config.image_mark), []
-    folder = args.image and Path(args.image).is_dir()
+    folder = args.image and os.path.isdir(args.image)
     paths = [args.image] if not folder else \
         sorted(str(p) for p in Path(args.image).iterdir() if p.suffix.lower() in ENDINGS)
     if not paths: raise BadInput(f"{args.image}: holds no picture ({', '.join(ENDINGS)}); name another folder")
@@ -545,9 +545,9 @@ def parse(argv=None):
 def check(args):
     """What contradicts itself or cannot be."""
     if args.task != "chat" and not args.image: raise BadInput(f"--task {args.task} needs --image; name a picture")
-    if args.image and not Path(args.image).exists(): raise BadInput(f"{args.image}: no such image; check the name")
+    if args.image and not os.path.exists(args.image): raise BadInput(f"{args.image}: no such image; check the name")
     talks = args.task == "chat" and args.prompt is None
-    if talks and args.image and Path(args.image).is_dir(): raise BadInput("a chat is about one picture; name a file")
+    if talks and args.image and os.path.isdir(args.image): raise BadInput("a chat is about one picture; name a file")
     if talks and args.json: raise BadInput("--json is for single answers; add --prompt")
     if talks and (args.beams or 1) > 1: raise BadInput("a chat streams and cannot use --beams; leave it out")
     if args.save and not args.image: raise BadInput("--save draws on a picture; name one with --image")
