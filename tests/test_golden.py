@@ -1,0 +1,26 @@
+"""Commands and public functions give the values that tests/golden holds; see tests/golden/run.py."""
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+
+PATH = Path(__file__).parent / "golden" / "run.py"
+spec = importlib.util.spec_from_file_location("golden", PATH)
+golden = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(golden)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """One world and one set of trainings for all cases."""
+    folder = tmp_path_factory.mktemp("golden")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(folder / "cache"))
+        yield golden.Runs(folder)
+
+
+@pytest.mark.parametrize("case", golden.CASES)
+def test_nothing_has_changed(case, runs):
+    wrong = golden.check(case, runs)
+    assert wrong is None, wrong
