@@ -71,19 +71,8 @@ class PoolAdapter(nn.Module):
 
     def forward(self, x):
         weight, bias, eps = (self.norm.weight, self.norm.bias, self.norm.eps) if self.norm else (None, None, 1e-5)
-        return self.project(pool(x, weight, bias, self.grid, eps))                   # (N, P*P, Dv) -> (N, P*P, D)
-
-    def project(self, x): return self.fc2(F.gelu(self.fc1(x)))
-
-    def fixed(self, x):
-        """The part of forward that no weight of this adapter touches: (N,1+s*s,Dv) -> (N,P*P,Dv)."""
-        if self.norm is None: return pool(x, None, None, self.grid)
-        return pool(x, torch.ones_like(self.norm.weight), torch.zeros_like(self.norm.bias), self.grid, self.norm.eps)
-
-    def rest(self, x):
-        """And the rest, so that rest(fixed(x)) is forward(x): means of normalised patches are scaled as patches are."""
-        x = x.to(self.fc1.weight.dtype)
-        return self.project(x if self.norm is None else torch.addcmul(self.norm.bias, x, self.norm.weight))
+        x = pool(x, weight, bias, self.grid, eps)                                    # (N, P*P, Dv)
+        return self.fc2(F.gelu(self.fc1(x)))                                         # (N, P*P, D)
 
 
 class Resampler(nn.Module):

@@ -280,9 +280,6 @@ class Batch:
     target_at: torch.Tensor            # (M,) int64, b*T + t of every target, padded with -1
     supervised: int                    # how many targets count
     bad: list                          # a sentence for every sample that was replaced
-    features: torch.Tensor = None      # with --cache-features (features.py): (N,V,Dv), bf16 as int16, and of those not
-    fresh: torch.Tensor = None         # yet kept, whose pictures are `images`, the numbers (n,) and ...
-    pictures: torch.Tensor = None      # ... (n,3) key, width, height
 
     def each(self, do):
         return dataclasses.replace(self, **{k: do(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
@@ -420,7 +417,7 @@ class Data:
         answer = record.answers[rng.integers(len(record.answers))] if self.train else common(record.answers)
         views, size, region = [], None, WHOLE
         for ref in record.refs[:self.context // self.visual + 1]:
-            image, size = self.look(source, ref, record.where)
+            image, size = peek(ref, record.where)
             region = random_region(size, rng) if self.train and source.crop else WHOLE
             if TASKS[source.task].pad: region = padded_region(size)
             views.append((image, region))
@@ -430,8 +427,6 @@ class Data:
         if cut < len(tokens) and not self.train or all(t == IGNORE for t in targets[:cut]):
             raise BadInput(f"{record.where}: its tokens exceed the context of {self.context}; shorten it")
         return tokens[:cut], targets[:cut], views[:tokens[:cut].count(IMAGE) // self.visual]
-
-    def look(self, source, ref, where): return peek(ref, where)
 
     def sample(self, source, number, step):
         """(tokens, targets, [uint8 (S,S,3), ...]) of one sample as a step sees it."""

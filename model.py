@@ -556,13 +556,11 @@ class InfMLLM(nn.Module):
 
     def encode_images(self, images): return self.front(self.see(images))             # (N,3,S,S) -> (N,P*P,D)
 
-    def fixed_features(self, images): return self.front.fixed(self.see(images))      # (N, P*P, Dv): see features.py
-
-    def embed(self, images, tokens, image_at=None, features=None):
+    def embed(self, images, tokens, image_at=None):
         """Token embeddings with the placeholders overwritten by the images', (B,T,D).
 
         image_at (N*P*P,): where in tokens.flatten() each visual embedding goes, -1 for nowhere. Without it the
-        placeholders are looked for, which waits for the device. features: fixed_features of the images, in their place.
+        placeholders are looked for, which waits for the device.
         """
         B, T = tokens.shape
         cells = self.config.visual_tokens
@@ -570,24 +568,23 @@ class InfMLLM(nn.Module):
             image_at = (tokens.flatten() == IMAGE).nonzero()[:, 0]
             if len(images) == 0:       # one blank image that goes nowhere: every rank builds the same graph
                 images, image_at = images.new_zeros(1, *images.shape[1:]), image_at.new_full((cells,), -1)
-        N = len(images if features is None else features)
+        N = len(images)
         assert len(image_at) == N * cells, (f"{N} images need {N * cells} placeholders ({cells} each), and the text "
                                             f"has {len(image_at)}")
-        visual = self.encode_images(images) if features is None else self.front.rest(features)
-        visual = visual.flatten(0, 1)                                                # (N*P*P, D)
+        visual = self.encode_images(images).flatten(0, 1)                            # (N*P*P, D)
         flat = F.pad(tokens.flatten(), (0, 1))                     # one place more, for embeddings that go nowhere
         x = self.llm.ends.embed(flat.clamp(min=0))                                   # (B*T+1, D)
         if torch.is_autocast_enabled(x.device.type): x = x.to(torch.get_autocast_dtype(x.device.type))
         x = x.index_copy(0, torch.where(image_at < 0, B * T, image_at), visual.to(x.dtype))
         return x[:-1].view(B, T, -1)
 
-    def forward(self, images, tokens, targets=None, image_at=None, target_at=None, features=None):
+    def forward(self, images, tokens, targets=None, image_at=None, target_at=None):
         """The cross-entropy summed over targets != IGNORE in fp32; logits (B,T,V) where no targets are given.
 
         targets[b,t] is what should follow tokens[b,t]. target_at (M,): where in targets.flatten() something is
         supervised, -1 for padding; without it these are looked for, which waits for the device.
         """
-        x = self.embed(images, tokens, image_at, features)                           # (B, T, D)
+        x = self.embed(images, tokens, image_at)                                     # (B, T, D)
         if targets is None: return self.llm.head(self.llm(x))
         targets = targets.flatten()
         if target_at is None: target_at = (targets != IGNORE).nonzero()[:, 0]

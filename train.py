@@ -161,8 +161,6 @@ def flags():
     add("--dtype", choices=("auto", *DTYPES), help="of the arithmetic; default: bf16 on cuda, fp32 on cpu; "
         "auto measures fp32 and bf16 once; fp64 is for tests")
     add("--workers", type=between(int, 0), help="loader processes per rank; default 8 on cuda, 1 on cpu")
-    add("--cache-features", nargs="?", const="out/features", metavar="DIR", help="keep what the frozen ViT makes of "
-        "each picture in this folder (default out/features), so that from the second epoch on none is opened again")
     add("--shard", action="store_true", help="spread weights, gradients and optimizer over the ranks (fully_shard)")
     add("--compile", action="store_true", help="torch.compile each layer")
     add("--log-every", type=between(int, 1), default=10, help="steps between records of log.jsonl")
@@ -242,9 +240,6 @@ def contradictions(args):
     if args.gpus and not args.plan: raise BadInput("--gpus describes machines to --plan alone; add --plan")
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this machine shows torch no GPU; leave it out to train on the CPU")
-    if args.cache_features and args.shard:
-        raise BadInput("--cache-features and --shard: a rank whose pictures are all kept would not meet the others in "
-                       "the ViT; leave one of the two out")
     if args.stage == "all" and args.data: raise BadInput("--data is one stage's; run --stage 1, 2 and 3 one by one")
 
 
@@ -438,8 +433,7 @@ def gradients(run, batches, supervised):
         hold = run.net is not run.model and i + 1 < len(batches)
         with run.net.no_sync() if hold else nullcontext():
             with run.autocast():
-                features = None if batch.features is None else run.data.features.complete(run.model, batch)
-                loss = run.net(batch.images, batch.tokens, batch.targets, batch.image_at, batch.target_at, features)
+                loss = run.net(batch.images, batch.tokens, batch.targets, batch.image_at, batch.target_at)
             (loss * (run.world / supervised)).backward()           # both DDP and fully_shard average over ranks
         total += loss.detach()
     return total
@@ -630,11 +624,7 @@ def open_data(run):
     common = dict(image_size=c.vit.image_size, visual=c.visual_tokens, context=c.llm.context, seed=s["seed"],
                   image_mark=c.image_mark)
     few_shapes = run.device.type == "cuda" or args.compile        # eager on a CPU, rounding T up only costs
-    more = common | {"batch": s["batch"], "bucket": BUCKET if few_shapes else 1}
-    if args.cache_features and (args.stage, s["stage"]) != ("all", 2):  # of the three, those that it is for
-        from features import remembering                           # fcntl: not on every system
-        run.data = remembering(run, load_mixture(s["data"]), **more)
-    else: run.data = Data(s["data"], run.tokenizer, **more)
+    run.data = Data(s["data"], run.tokenizer, batch=s["batch"], bucket=BUCKET if few_shapes else 1, **common)
     held = args.eval_data or Path(s["data"]).with_name("heldout.toml")
     if args.eval_data or Path(held).exists(): run.held_out = Data(held, run.tokenizer, train=False, **common)
 
