@@ -13,7 +13,6 @@ What trains in which stage says model.trains(); with what, the table below. A ru
 step-00000100/, log.jsonl (a record a logged step) and loss.png.
 """
 import argparse
-import copy
 import gc
 import json
 import math
@@ -158,8 +157,8 @@ def flags():
     add("--recompute", action=on_off, help="activation checkpointing: less memory, a third more work")
     add("--seed", type=between(int, 0), help="of the batches and of fresh weights; default 0")
     add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--dtype", choices=("auto", *DTYPES), help="of the arithmetic; default: bf16 on cuda, fp32 on cpu; "
-        "auto measures fp32 and bf16 once; fp64 is for tests")
+    add("--dtype", choices=list(DTYPES), help="of the arithmetic; default: bf16 on cuda, fp32 on cpu; fp64 is for "
+        "tests")
     add("--workers", type=between(int, 0), help="loader processes per rank; default 8 on cuda, 1 on cpu")
     add("--shard", action="store_true", help="spread weights, gradients and optimizer over the ranks (fully_shard)")
     add("--compile", action="store_true", help="torch.compile each layer")
@@ -200,7 +199,6 @@ def settle(args, stage, world, stored=None, preset=None):
         raise BadInput("--branch and --inner-layers describe what --tune inner trains; add it")
     if "lr" in given: given["lr"] = merged_rates(given["lr"], row["lr"], stage)
     if "data" in given: given["data"] = str(Path(given["data"]))
-    if stored and given.get("dtype") == "auto": del given["dtype"]       # it was measured when the run began
     for key in LASTING if stored else ():
         if key in given and given[key] != stored.get(key):
             raise BadInput(f"--{key.replace('_', '-')}: the run in {out_folder(args, stage)} has {stored.get(key)} and "
@@ -347,34 +345,6 @@ def same_everywhere(run):
     digest = zlib.crc32(mine.encode())
     if run.agree(digest)[0] != digest * run.world:
         raise BadInput(f"rank {run.rank} of {run.world}: the ranks differ in flags or data; start all with the same")
-
-
-def choose_dtype(run):
-    """auto: a forward and backward pass in fp32 and in bf16, timed on rank 0, which decides for all."""
-    if run.device.type == "cuda":                                  # no GPU that trains this is faster in fp32
-        run.s["dtype"] = "bf16"
-        return
-    c, B, seconds = run.model.config, min(8, run.s["rows"]), {}
-    T, S, answer = c.visual_tokens + run.s["text"], c.vit.image_size, run.s["answer"]
-    tokens = torch.arange(B * T).view(B, T) % c.llm.vocab
-    tokens[:, :c.visual_tokens] = models.IMAGE
-    targets = torch.where(torch.arange(T) < T - answer, models.IGNORE, tokens)
-    images = torch.zeros(B, 3, S, S, dtype=torch.uint8)
-    for run.s["dtype"] in ("fp32", "bf16"):
-        trial = copy.deepcopy(run.model)
-        cast(trial, run.dtype, None)
-        for _ in range(4):                                         # the best counts: the first warms up
-            start = time.perf_counter()
-            with run.autocast(): loss = trial(images, tokens, targets)
-            loss.backward()
-            took = time.perf_counter() - start
-            seconds[run.s["dtype"]] = min(seconds.get(run.s["dtype"], math.inf), took)
-            if took > 3 * seconds["fp32"]: break                   # bf16 in software: one pass shows it
-    faster = run.agree(int(run.rank == 0 and seconds["bf16"] < seconds["fp32"]))[0]
-    run.s["dtype"] = "bf16" if faster else "fp32"
-    if run.rank == 0:
-        print(f"--dtype auto: {seconds['fp32']:.3f} s in fp32 and {seconds['bf16']:.3f} s in bf16 for {B} rows; "
-              f"takes {run.s['dtype']}, and keeps it when resumed")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -657,7 +627,6 @@ def prepare(args, stage, ranks):
     for name, p in model.freeze(stage, s["tune"]).named_parameters():
         trains = models.trains(name, stage, s["tune"], s["branch"])
         assert p.requires_grad == trains, f"{name} would train in the wrong stage"
-    if s["dtype"] == "auto": choose_dtype(run)
     same_everywhere(run)
     if ranks.rank == 0:
         try: out.mkdir(parents=True, exist_ok=True)
@@ -681,7 +650,7 @@ def plan(args):
         except BadInput: start = None                              # not there yet: the preset says what it would be
         described_by = checkpoint.read_checked(start, "config.json") if start else {}
         s = settle(args, stage, world, preset=described_by.get("training", {}).get("preset"))
-        if s["dtype"] in (None, "auto"): s["dtype"] = "bf16" if cuda else "fp32"
+        s["dtype"] = s["dtype"] or ("bf16" if cuda else "fp32")
         like = models.Config(**described_by["model"]) if described_by else models.PRESETS[s["preset"]]()
         s["inner_layers"] = inner_layers(s, like.llm) if s["tune"] == "inner" else None
         c = described(like, like.vit, replace(like.llm, branches={s["branch"]: s["inner_layers"]} if s["inner_layers"]
