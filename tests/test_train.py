@@ -289,17 +289,6 @@ def test_weights_that_are_not_finite_and_a_tokenizer_too_large_are_refused_at_th
         capsys, "--stage", 1, "--init", here / "few", "--out", here / "o")
 
 
-def test_a_part_that_would_train_in_the_wrong_stage_is_a_bug_and_not_a_run(here, monkeypatch):
-    freeze = train.models.InfMLLM.freeze
-
-    def thaw(self, *stage):
-        freeze(self, *stage).vit.cls.requires_grad_(True)
-        return self
-    monkeypatch.setattr(train.models.InfMLLM, "freeze", thaw)
-    with pytest.raises(AssertionError, match="vit.cls would train in the wrong stage"):
-        run("--stage", 1, "--init", "start", "--out", here)
-
-
 def test_tensorboard_that_is_not_installed_is_said(here, capsys, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     assert "--tensorboard: it is not installed" in refused(
