@@ -80,6 +80,7 @@ STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
 OTHERS = {n: replace(s, image_size=None, grid=None) for n, s in PAPER.items()}       # small, llava-7b: their own sizes
 
 BETAS, EPS = (0.9, 0.95), 1e-8    # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
+MOMENTS = ("exp_avg", "exp_avg_sq")    # what AdamW keeps of every parameter
 CLIP = 1.0                        # the gradient's global norm is cut to this
 PATIENCE = 3                      # updates in a row without a finite gradient, after which the run stops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
@@ -271,7 +272,7 @@ class Run:
     tokenizer: Tokenizer = None
     data: Data = None
     held_out: Data = None
-    optimizer: "AdamW" = None
+    optimizer: torch.optim.AdamW = None
     base: Path = None             # the checkpoint that a branch in training belongs to
     originals: dict = None        # frozen tensors as they were before they were rounded for speed: what is saved
     meters: dict = None           # 0-d float64 tensors on the device, read when something is logged
@@ -354,29 +355,6 @@ def learning_rate(s, step):
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, s["steps"] - rise)))
 
 
-class AdamW:
-    """torch's fused kernel without torch.optim around it, whose first use imports the compiler: 1.5 s of every start.
-
-    The kernel divides gradients by `scale`, which is all that clipping takes, and where `bad` is 1 it leaves parameters
-    and moments as they were: what torch's GradScaler does, here without waiting for the device.
-    """
-    def __init__(self, groups):                                    # [(parameters, peak learning rate, weight decay)]
-        self.groups = groups
-        self.params = [p for params, _, _ in groups for p in params]
-        self.state = {p: {key: torch.zeros_like(p) for key in ("exp_avg", "exp_avg_sq")} for p in self.params}
-        self.steps = torch.zeros((), device=self.params[0].device)
-
-    @torch.no_grad()
-    def step(self, share, scale, bad):
-        self.steps += 1 - bad
-        for params, lr, decay in self.groups:
-            moments = ([self.state[p][key] for p in params] for key in ("exp_avg", "exp_avg_sq"))
-            torch._fused_adamw_(params, [p.grad for p in params], *moments, [], [self.steps] * len(params),
-                                lr=lr * share, beta1=BETAS[0], beta2=BETAS[1], weight_decay=decay, eps=EPS,
-                                amsgrad=False, maximize=False, grad_scale=scale, found_inf=bad)
-        for p in self.params: p.grad = None
-
-
 def make_optimizer(run):
     """A group per part, matrices apart from what must not decay."""
     groups = {}
@@ -384,9 +362,12 @@ def make_optimizer(run):
         if not p.requires_grad: continue
         matrix = p.ndim >= 2 and name.rpartition(".")[2] not in ("positions", "queries")
         groups.setdefault((models.part_of(name), matrix), []).append(p)
-    run.optimizer = AdamW([(params, run.s["lr"][part], run.s["weight_decay"] * matrix)
-                           for (part, matrix), params in groups.items()])
-    assert set(run.optimizer.params) == {p for p in run.model.parameters() if p.requires_grad}, "a group is missing"
+    run.optimizer = torch.optim.AdamW(
+        [{"params": params, "peak": run.s["lr"][part], "weight_decay": run.s["weight_decay"] * matrix}
+         for (part, matrix), params in groups.items()], betas=BETAS, eps=EPS, fused=True)
+    for p in (p for params in groups.values() for p in params):    # torch would wait for the first step, and a
+        run.optimizer.state[p] = {"step": torch.zeros((), device=p.device),        # checkpoint is read before it
+                                  **{key: torch.zeros_like(p) for key in MOMENTS}}
     run.meters = {name: torch.zeros((), dtype=torch.float64, device=run.device)
                   for name in ("loss", "tokens", "norm", "skipped", "row", "worst")}
 
@@ -410,10 +391,15 @@ def update(run, batches, supervised):
     """One step of the optimizer. Nothing in here waits for the device."""
     loss = gradients(run, batches, supervised)
     if run.world > 1: dist.all_reduce(loss)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in run.optimizer.params])
+    norm = torch.nn.utils.get_total_norm([p.grad for group in run.optimizer.param_groups for p in group["params"]])
     if hasattr(norm, "full_tensor"): norm = norm.full_tensor()
     bad, m = ~(torch.isfinite(norm) & torch.isfinite(loss)), run.meters
-    run.optimizer.step(learning_rate(run.s, run.step), (norm / CLIP).clamp(min=1).float(), bad.float())
+    for group in run.optimizer.param_groups: group["lr"] = group["peak"] * learning_rate(run.s, run.step)
+    # torch's GradScaler tells the fused kernel so: it divides gradients by grad_scale, which is all that clipping
+    # takes, and where found_inf is 1 it leaves parameters and moments as they were
+    run.optimizer.grad_scale, run.optimizer.found_inf = (norm / CLIP).clamp(min=1).float(), bad.float()
+    run.optimizer.step()
+    run.optimizer.zero_grad()
     m["loss"] += torch.where(bad, 0.0, loss)
     m["tokens"] += torch.where(bad, 0.0, supervised)
     m["norm"] = norm.double()
@@ -441,7 +427,7 @@ def save(run):
         if run.base and not p.requires_grad: continue              # a branch is saved without its base
         if run.rank and not hasattr(p, "full_tensor"): continue    # every rank has it in one piece
         tensors[name] = whole(p)
-        for key, moment in run.optimizer.state.get(p, {}).items(): optimizer[f"{name}.{key}"] = whole(moment)
+        if p.requires_grad: optimizer |= {f"{name}.{key}": whole(run.optimizer.state[p][key]) for key in MOMENTS}
         if run.rank: tensors, optimizer = {}, {}                   # it has helped to gather, and keeps none of it
     if run.rank: return path
     for name, t in tensors.items():
@@ -455,7 +441,7 @@ def save(run):
     training = {k: run.s[k] for k in ("stage", *LASTING)} | {"step": run.step}
     try:
         checkpoint.save(path, (run.model.config, tensors), run.tokenizer, training,
-                        optimizer | {"steps": run.optimizer.steps}, state, run.base)
+                        optimizer | {"steps": next(iter(run.optimizer.state.values()))["step"]}, state, run.base)
         prune(run.out, run.args.keep)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(path.with_name(path.name + ".new"), ignore_errors=True)
@@ -483,11 +469,12 @@ def restore(run, path, state):
         raise BadInput(f"{run.s['data']}: the data have changed since {path} ({state['counts']}, now {run.data.counts} "
                        f"or other texts); bring the old ones back, or start a new run with --init {path}")
     stored = checkpoint.load_tensors(path / "optimizer.safetensors")
-    slots = {f"{name}.{key}": moment for name, p in run.model.named_parameters()
-             for key, moment in run.optimizer.state.get(p, {}).items()} | {"steps": run.optimizer.steps}
-    if odd := sorted(set(stored) ^ set(slots)):
+    slots = {f"{name}.{key}": run.optimizer.state[p][key] for name, p in run.model.named_parameters()
+             if p.requires_grad for key in MOMENTS}
+    if odd := sorted(set(stored) ^ {"steps", *slots}):
         raise BadInput(f"{path}: its optimizer state is another model's ({', '.join(odd[:5])}); take another")
     for key, slot in slots.items(): slot.copy_(like(slot, stored[key]))
+    for state in run.optimizer.state.values(): state["step"].copy_(stored["steps"])
 
 
 def like(p, full):

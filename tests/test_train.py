@@ -93,28 +93,39 @@ def test_another_adapter_starts_fresh_and_another_grid_is_taken(here, capsys):
 
 # ---- the optimizer ---------------------------------------------------------------------------------------------------
 
-def test_the_optimizer_is_adamw_with_clipping_and_a_bad_gradient_leaves_everything_as_it_was():
+def test_an_update_is_adamw_with_clipping_and_a_bad_gradient_leaves_everything_as_it_was(monkeypatch):
     torch.manual_seed(0)
-    ours = [torch.nn.Parameter(torch.randn(4, 3)), torch.nn.Parameter(torch.randn(5))]
+    model = torch.nn.ModuleDict({"llm": torch.nn.Linear(3, 4), "vit": torch.nn.LayerNorm(5)})
+    ours = list(model.parameters())
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
-    optimizer = train.AdamW([(ours[:1], 2e-2, 0.1), (ours[1:], 1e-2, 0.0)])
-    reference = torch.optim.AdamW([{"params": theirs[:1], "lr": 2e-2, "weight_decay": 0.1},
-                                   {"params": theirs[1:], "lr": 1e-2, "weight_decay": 0.0}],
+    s = {"lr": {"llm": 2e-2, "vit": 1e-2}, "weight_decay": 0.1, "warmup": 0.0, "steps": 100}
+    run = train.Run(s, None, None, train.Ranks(0, 1, torch.device("cpu"), None), model)
+    train.make_optimizer(run)
+    peaks, decays = (2e-2, 2e-2, 1e-2, 1e-2), (0.1, 0, 0, 0)               # matrix, bias; weight and bias of the norm
+    reference = torch.optim.AdamW([{"params": [p], "weight_decay": decay} for p, decay in zip(theirs, decays)],
                                   betas=train.BETAS, eps=train.EPS, foreach=False)
+
+    def given(grads):
+        def gradients(run, batches, supervised):
+            for p, g in zip(ours, grads): p.grad = g.clone()
+            return torch.zeros(())
+        monkeypatch.setattr(train, "gradients", gradients)
     for k in range(6):
         if k == 3:
-            held = (*ours, optimizer.steps, *(moment for p in ours for moment in optimizer.state[p].values()))
+            held = (*ours, *(t for p in ours for t in run.optimizer.state[p].values()))
             before = [t.clone() for t in held]
-            for p in ours: p.grad = torch.full_like(p, math.nan)
-            optimizer.step(1.0, torch.tensor(math.nan), torch.tensor(1.0))
-            assert all(torch.equal(a, b) for a, b in zip(before, held))
+            given([torch.full_like(p, math.nan) for p in ours])
+            train.update(run, [], 1)
+            assert all(torch.equal(a, b) for a, b in zip(before, held)) and len(held) == 16
         grads = [torch.randn_like(p) * 10 ** (k - 2) for p in ours]
-        for p, q, g in zip(ours, theirs, grads): p.grad, q.grad = g.clone(), g.clone()
-        norm = torch.nn.utils.clip_grad_norm_(theirs, train.CLIP)
+        for p, g in zip(theirs, grads): p.grad = g.clone()
+        torch.nn.utils.clip_grad_norm_(theirs, train.CLIP)
+        for group, peak in zip(reference.param_groups, peaks): group["lr"] = peak * train.learning_rate(s, run.step)
         reference.step()
-        optimizer.step(1.0, (norm / train.CLIP).clamp(min=1), torch.tensor(0.0))
+        given(grads)
+        train.update(run, [], 1)
     for p, q in zip(ours, theirs): torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    assert optimizer.steps == 6
+    assert {state["step"].item() for state in run.optimizer.state.values()} == {6} and run.step == 7
 
 
 def test_matrices_decay_and_norms_biases_positions_do_not(here, monkeypatch):
@@ -122,7 +133,8 @@ def test_matrices_decay_and_norms_biases_positions_do_not(here, monkeypatch):
     monkeypatch.setattr(train, "train", lambda run, asked: seen.update(run=run) or True)
     run("--stage", 2, "--init", "start", "--out", here, "--weight-decay", "0.1", "--lr", "vit=1,llm=3")
     names = {p: n for n, p in seen["run"].model.named_parameters()}
-    decay = {names[p]: (lr, wd) for params, lr, wd in seen["run"].optimizer.groups for p in params}
+    decay = {names[p]: (group["peak"], group["weight_decay"]) for group in seen["run"].optimizer.param_groups
+             for p in group["params"]}
     assert decay["vit.blocks.0.fc1.weight"] == (1, 0.1) and decay["llm.layers.1.q.weight"] == (3, 0.1)
     assert decay["vit.positions"] == decay["vit.blocks.0.norm1.weight"] == decay["vit.cls"] == (1, 0.0)
     assert decay["adapter.fc1.bias"] == (train.TOY[2].lr["adapter"], 0.0)
@@ -232,8 +244,10 @@ def test_updates_without_a_finite_gradient_are_skipped_counted_and_three_in_a_ro
 
     def sometimes_bad(run, batches, supervised):
         loss = good(run, batches, supervised)
-        if run.step in when: run.optimizer.params[0].grad.fill_(math.nan)
-        weights.append((run.step, [p.detach().clone() for p in run.optimizer.params], run.optimizer.steps.item()))
+        trained = [p for p in run.model.parameters() if p.requires_grad]
+        if run.step in when: trained[0].grad.fill_(math.nan)
+        weights.append((run.step, [p.detach().clone() for p in trained],
+                        run.optimizer.state[trained[0]]["step"].item()))
         return loss
     monkeypatch.setattr(train, "gradients", sometimes_bad)
     common = ["--stage", 1, "--init", "start", "--eval-every", 0]
