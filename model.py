@@ -11,7 +11,6 @@ import copy
 import math
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import lru_cache
 
 import torch
 from torch import nn
@@ -112,9 +111,6 @@ PRESETS = {      # functions, so that nobody changes a shared default
 
 def attend(q, k, v, mask=None, causal=False):
     """Softmax attention: q (B,H,T,hd), k and v (B,K,S,hd) -> (B,H,T,hd)."""
-    if q.dtype == torch.bfloat16 and q.device.type == "cpu":     # CPU kernels for it are slower than fp32's
-        with torch.autocast("cpu", enabled=False):
-            return attend(q.float(), k.float(), v.float(), mask, causal).bfloat16()
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
 
@@ -206,47 +202,18 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
 
     def forward(self, x):        # fp32 inside the kernel, the input's dtype outside; autocast would return fp32
-        if torch.is_autocast_enabled(x.device.type):
-            with torch.autocast(x.device.type, enabled=False): return self(x)
-        if x.requires_grad and x.device.type == "cpu": return RMSNormOnCPU.apply(x, self.weight.to(x.dtype), self.eps)
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
-
-class RMSNormOnCPU(torch.autograd.Function):
-    """F.rms_norm for training on a CPU, where torch has no kernel for it and autograd would walk back through its nine
-    parts: half of the time, and nothing kept but x and a number per token."""
-    @staticmethod
-    def forward(ctx, x, weight, eps):
-        wide = torch.promote_types(x.dtype, torch.float32)
-        norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=wide)
-        rstd = norm.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
-        ctx.save_for_backward(x, weight, rstd)
-        return (x * rstd).mul_(weight).to(x.dtype)
-
-    @staticmethod
-    def backward(ctx, dy):
-        x, weight, rstd = ctx.saved_tensors
-        dx, dw = dy * weight.to(rstd.dtype), None
-        if ctx.needs_input_grad[1]: dw = (dy * x).mul(rstd).flatten(0, -2).sum(0).to(weight.dtype)
-        along = torch.linalg.vecdot(dx, x.to(dx.dtype)).unsqueeze(-1)                # what of dx lies along x: (..., 1)
-        dx = dx.mul_(rstd).addcmul_(x.to(dx.dtype), along * rstd ** 3, value=-1 / x.shape[-1])
-        return dx.to(x.dtype), dw, None
+        with torch.autocast(x.device.type, enabled=False):
+            return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
 class Cache:
-    """Keys and values of all layers in one allocation; `length` positions of every row are filled. Also the rotary
-    angles of all `room` positions, made once."""
+    """Keys and values of all layers in one allocation; `length` positions of every row are filled."""
 
     def __init__(self, c: LlamaConfig, rows, room, device, dtype, inner=0):          # inner: layers of a branch
         hd = c.width // c.heads
         self.kv = torch.zeros(c.layers + inner, 2, rows, c.kv_heads, room, hd, device=device, dtype=dtype)
         self.length, self.room = 0, room
-        self.angles = angles(torch.arange(room, device=device), frequencies(c, device), dtype)     # (room, hd) each
-        self.stay = torch.eye(hd, device=device, dtype=dtype)
-        self.swap = self.stay.roll(hd // 2, 0)
-        self.split()
-
-    def split(self): self.layers = [kv.unbind() for kv in self.kv]         # views, each (rows, K, room, hd)
+        self.layers = [kv.unbind() for kv in self.kv]                      # views, each (rows, K, room, hd)
 
     def update(self, layer, k, v):
         """Append k and v (B,K,T,hd) behind what is there and return the whole."""
@@ -254,17 +221,6 @@ class Cache:
         K.narrow(2, self.length, T).copy_(k)                 # a slice in brackets takes Python twice as long
         V.narrow(2, self.length, T).copy_(v)
         return K.narrow(2, 0, self.length + T), V.narrow(2, 0, self.length + T)
-
-    def rotary(self, x, start, T, pad):
-        """As Llama.rotary; for a single position of all rows, the matrix (hd,hd) that turns by it: one kernel a use."""
-        if pad is not None: return [table[places(start, T, pad, x.device)] for table in self.angles]
-        cos, sin = (table.narrow(0, start, T) for table in self.angles)                            # (T, hd)
-        return (cos, sin) if T > 1 else torch.addcmul(self.stay * cos, self.swap, sin)
-
-    def select(self, rows):
-        """The same cache with these rows (a tensor of numbers, repeats allowed), as beam search needs."""
-        self.kv = self.kv.index_select(2, rows)
-        self.split()
 
 
 class LlamaLayer(nn.Module):
@@ -283,59 +239,24 @@ class LlamaLayer(nn.Module):
 
     def forward(self, x, rotary, mask=None, cache=None, index=0, at=None):           # (B, T, D)
         B, T, D = x.shape
-        x, m = x.reshape(B * T, D), self._modules                                    # see linear()
-        h = norm(x, m["attn_norm"])
-        q = rotate(linear(h, m["q"]).view(B, T, self.heads, self.hd).transpose(1, 2), rotary)        # (B, H, T, hd)
-        k = rotate(linear(h, m["k"]).view(B, T, self.kv_heads, self.hd).transpose(1, 2), rotary)     # (B, K, T, hd)
-        v = linear(h, m["v"]).view(B, T, self.kv_heads, self.hd).transpose(1, 2)
+        x = x.reshape(B * T, D)
+        h = self.attn_norm(x)
+        q = rotate(self.q(h).view(B, T, self.heads, self.hd).transpose(1, 2), *rotary)               # (B, H, T, hd)
+        k = rotate(self.k(h).view(B, T, self.kv_heads, self.hd).transpose(1, 2), *rotary)            # (B, K, T, hd)
+        v = self.v(h).view(B, T, self.kv_heads, self.hd).transpose(1, 2)
         causal = mask is None and T > 1
         if cache is not None: k, v = cache.update(index, k, v)
         y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B * T, -1)         # (B*T, H*hd)
         if at is not None: x, y = x.index_select(0, at), y.index_select(0, at)       # (M, D)
-        x = x + linear(y, m["o"])
-        h = norm(x, m["mlp_norm"])
-        gate, up = linear(h, m["gate"]), linear(h, m["up"])                          # (B*T, mlp) or (M, mlp)
-        y = linear(SwiGLU.apply(gate, up) if gate.requires_grad else F.silu(gate) * up, m["down"])
+        x = x + self.o(y)
+        h = self.mlp_norm(x)
+        y = self.down(F.silu(self.gate(h)) * self.up(h))                             # (B*T, D) or (M, D)
         return x + y if at is not None else x.view(B, T, D) + y.view(B, T, D)        # no view: fully_shard warns of one
 
 
-class SwiGLU(torch.autograd.Function):
-    """silu(gate) * up, keeping gate and up: autograd would keep silu(gate) too, a sixth of all that a layer keeps."""
-    @staticmethod
-    def forward(ctx, gate, up):
-        ctx.save_for_backward(gate, up)
-        return F.silu(gate).mul_(up)
-
-    @staticmethod
-    def backward(ctx, dy):
-        gate, up = ctx.saved_tensors
-        dsilu, dup = dy * up, F.silu(gate).mul_(dy)
-        return torch.ops.aten.silu_backward.grad_input(dsilu, gate, grad_input=dsilu), dup      # in its place
-
-
-def linear(x, layer):
-    """layer(x) without the module's call and without looking `weight` up as an attribute, which Python finds only after
-    a miss: each costs as much as a small matrix, together a third of a toy's decoding step."""
-    return F.linear(x, layer._parameters["weight"])
-
-
-def norm(x, layer):
-    """layer(x). On a CPU F.rms_norm is twelve kernels; where nothing needs a gradient, these five are the same."""
-    if torch.is_grad_enabled() or x.dtype != torch.float32 or not x.is_cpu: return layer(x)
-    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-    mean = torch.addcmul(constant(layer.eps), length, length, value=1 / x.shape[-1])
-    return mean.rsqrt_().mul(x).mul_(layer._parameters["weight"])
-
-
-@lru_cache
-def constant(value): return torch.tensor(value)              # as a number it would be made a tensor in every call
-
-
-def rotate(x, rotary):
+def rotate(x, cos, sin):
     """Rotary positions in Hugging Face's layout: dimension i turns with dimension i + hd/2, not with its neighbour."""
-    if isinstance(rotary, torch.Tensor): return x @ rotary   # see Cache.rotary
-    cos, sin = rotary                                        # (T, hd) or (B, 1, T, hd)
-    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)        # cos, sin: (T, hd) or (B, 1, T, hd)
 
 
 def places(start, T, pad, device):
@@ -424,13 +345,13 @@ class Llama(nn.Module):
         room = cache.room if cache else T
         assert start + T <= room, f"the cache holds {room} positions and {start + T} are asked for"
         mask = tree[1] if tree else attention_mask(start, T, pad, x.device)
-        rotary = (cache or self).rotary(x, *((tree[0], 1) if tree else (start, T)), pad)
+        rotary = self.rotary(x, *((tree[0], 1) if tree else (start, T)), pad)
         layers = list(self.stack())
         for layer, i in layers:
             args = x, rotary, mask, cache, i, (at if layer is layers[-1][0] else None)
             x = checkpoint(layer, *args, use_reentrant=False) if self.recompute and x.requires_grad else layer(*args)
         if cache: cache.length += T
-        return norm(x, self.ends.norm)
+        return self.ends.norm(x)
 
     def head_weight(self): return self.ends.embed.weight if self.config.tied else self.ends.lm_head.weight
 

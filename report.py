@@ -38,8 +38,8 @@ def sizes(model):
 def kept(c, s):
     """Bytes that the layers keep for the backward pass. In a layer without recomputation, per token:
 
-        LLM   attention's norm: its input; q, k, v, the attention's output; the MLP's norm: its input; gate and up
-              where Q and V train, or all: the first norm's output; where all train: the second's, SwiGLU's product
+        LLM   attention's norm: its input; q, k, v, the attention's output; the MLP's norm: its input; gate, silu, up
+              where Q and V train, or all: the first norm's output; where all train: the second's, silu(gate) * up
               (the last layer's MLP sees the supervised positions alone)
         ViT   (if it trains) two norms' inputs and outputs, q, k, v, the attention's output; the MLP's before and after
     A matrix keeps its input only if it trains, so frozen layers keep less, and a frozen ViT keeps nothing.
@@ -51,7 +51,7 @@ def kept(c, s):
 
     def layer(tune):                                               # bytes of its attention and of its MLP, per token
         return (b * (3 * D + 2 * kv + D * (tune in ("qv", "full"))),
-                b * (D + 2 * c.llm.mlp + (D + c.llm.mlp) * (tune == "full")))
+                b * (D + 3 * c.llm.mlp + (D + c.llm.mlp) * (tune == "full")))
     base, inner = layer(tune), c.llm.branches[s["branch"]] if tune == "inner" else []
     added = layer("full") if inner else (0, 0)
     ends = added if c.llm.layers - 1 in inner else base
