@@ -353,9 +353,9 @@ class Llama(nn.Module):
         if cache: cache.length += T
         return self.ends.norm(x)
 
-    def head_weight(self): return self.ends.embed.weight if self.config.tied else self.ends.lm_head.weight
-
-    def head(self, hidden): return F.linear(hidden, self.head_weight())
+    def head(self, hidden):
+        if self.config.tied: return F.linear(hidden, self.ends.embed.weight)
+        return self.ends.lm_head(hidden)
 
     def rotary(self, x, start, T, pad):
         """cos and sin for positions start ... start+T-1, counted from each row's first real token."""
@@ -377,45 +377,23 @@ def attention_mask(start, T, pad, device):
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
-class SummedCrossEntropy(torch.autograd.Function):
-    """Cross-entropy of hidden (M,D) @ weight.T (V,D) against targets (M,), summed in fp32, a few rows at a time.
+CHUNK = 2 ** 23           # elements of a chunk of logits: 32 MB in fp32
 
-    The logits of a 7B model's batch would be its largest tensor. Each chunk's gradient is taken while its logits are
-    at hand, so that they are made once and never kept; the backward pass only scales what is there.
+
+def summed_cross_entropy(head, hidden, targets, vocab):
+    """Cross-entropy of head(hidden) (M,V) against targets (M,), summed in fp32 or wider, a few rows at a time.
+
+    The logits of a 7B model's batch would be its largest tensor: a chunk of them is dropped at once and made again in
+    the backward pass.
     """
-    ELEMENTS = 2 ** 23           # of a chunk of logits: 32 MB in fp32
+    def of_chunk(hidden, targets):
+        logits = head(hidden)
+        wide = torch.promote_types(logits.dtype, torch.float32)
+        return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE, reduction="sum")
 
-    @staticmethod
-    def forward(ctx, hidden, weight, targets):
-        wide = torch.promote_types(hidden.dtype, torch.float32)
-        loss = torch.zeros((), device=hidden.device, dtype=wide)
-        dh = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        dw = torch.zeros_like(weight, dtype=wide) if ctx.needs_input_grad[1] else None
-        rows = max(1, SummedCrossEntropy.ELEMENTS // len(weight))
-        w = weight.to(hidden.dtype)
-        for i in range(0, len(hidden), rows):
-            h, y = hidden[i:i + rows], targets[i:i + rows, None]                     # (m, D), (m, 1)
-            counts, y = (y != IGNORE).to(wide), y.clamp(min=0)
-            logits = (h @ w.T).to(wide)                                              # (m, V)
-            total = logits.logsumexp(1, keepdim=True)
-            loss += ((total - logits.gather(1, y)) * counts).sum()
-            if dh is None and dw is None: continue
-            grad = logits.sub_(total).exp_()                                         # softmax, in the logits' place
-            grad = grad.scatter_add_(1, y, -torch.ones_like(counts)).mul_(counts).to(h.dtype)
-            if dh is not None: torch.mm(grad, w, out=dh[i:i + rows])
-            if dw is not None: dw += grad.T @ h
-        ctx.save_for_backward(dh, dw if dw is None else dw.to(weight.dtype))
-        return loss
-
-    @staticmethod
-    def backward(ctx, scale):
-        dh, dw = ctx.saved_tensors
-        return dh if dh is None else dh * scale.to(dh.dtype), dw if dw is None else dw * scale.to(dw.dtype), None
-
-
-def summed_cross_entropy(hidden, weight, targets):
-    with torch.autocast(hidden.device.type, enabled=False):      # the function chooses its dtypes itself
-        return SummedCrossEntropy.apply(hidden, weight, targets)
+    rows = max(1, CHUNK // vocab)
+    chunks = zip(hidden.split(rows), targets.split(rows))
+    return sum(checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in chunks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -512,7 +490,7 @@ class InfMLLM(nn.Module):
         at = target_at.clamp(min=0)
         wanted = torch.where(target_at < 0, IGNORE, targets[at])                     # (M,)
         hidden = self.llm(x, at=at)                                                  # (M, D)
-        return summed_cross_entropy(hidden, self.llm.head_weight(), wanted)
+        return summed_cross_entropy(self.llm.head, hidden, wanted, self.llm.config.vocab)
 
     def freeze(self, stage, tune=None):
         """Let exactly the parts train that InfMLLM trains in this stage (paper, section 3.2; FACTS table)."""
