@@ -237,21 +237,18 @@ class LlamaLayer(nn.Module):
         self.up = nn.Linear(c.width, c.mlp, bias=False)
         self.down = nn.Linear(c.mlp, c.width, bias=False)
 
-    def forward(self, x, rotary, mask=None, cache=None, index=0, at=None):           # (B, T, D)
-        B, T, D = x.shape
-        x = x.reshape(B * T, D)
+    def forward(self, x, rotary, mask=None, cache=None, index=0):                    # (B, T, D)
+        B, T, _ = x.shape
         h = self.attn_norm(x)
         q = rotate(self.q(h).view(B, T, self.heads, self.hd).transpose(1, 2), *rotary)               # (B, H, T, hd)
         k = rotate(self.k(h).view(B, T, self.kv_heads, self.hd).transpose(1, 2), *rotary)            # (B, K, T, hd)
         v = self.v(h).view(B, T, self.kv_heads, self.hd).transpose(1, 2)
         causal = mask is None and T > 1
         if cache is not None: k, v = cache.update(index, k, v)
-        y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B * T, -1)         # (B*T, H*hd)
-        if at is not None: x, y = x.index_select(0, at), y.index_select(0, at)       # (M, D)
+        y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, -1)          # (B, T, H*hd)
         x = x + self.o(y)
         h = self.mlp_norm(x)
-        y = self.down(F.silu(self.gate(h)) * self.up(h))                             # (B*T, D) or (M, D)
-        return x + y if at is not None else x.view(B, T, D) + y.view(B, T, D)        # no view: fully_shard warns of one
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 def rotate(x, cos, sin):
@@ -306,8 +303,7 @@ class Llama(nn.Module):
     """Tokens (B,T) or embeddings (B,T,D) -> hidden (B,T,D) after the final norm; `head` makes logits of them.
 
     Padding on the right needs no mask: nothing looks that far. Padding on the left, `pad` (B,) positions of each row,
-    is for generation, where all rows end at the same place. With `at` (M,), numbers of positions in B*T, only their
-    hidden (M,D) is made: the last layer's o and MLP, most of its work, are left out for all that nobody will read.
+    is for generation, where all rows end at the same place.
     With `tree`, (position, mask (B,1,T,S)), the tokens of a row are T ways to go on at that one position, each of which
     looks at the S positions of the cache, its own included, where the mask says: beams, which share their prompt.
     `active` names the branch that runs; None is the base alone, untouched by whatever branches it has.
@@ -339,16 +335,15 @@ class Llama(nn.Module):
                 n = self.ends.after[i]
                 yield self.ends.layers[n], len(self.layers) + n
 
-    def forward(self, x, cache=None, pad=None, at=None, tree=None):
+    def forward(self, x, cache=None, pad=None, tree=None):
         if not x.is_floating_point(): x = self.ends.embed(x)
         start, T = (cache.length if cache else 0), x.shape[1]
         room = cache.room if cache else T
         assert start + T <= room, f"the cache holds {room} positions and {start + T} are asked for"
         mask = tree[1] if tree else attention_mask(start, T, pad, x.device)
         rotary = self.rotary(x, *((tree[0], 1) if tree else (start, T)), pad)
-        layers = list(self.stack())
-        for layer, i in layers:
-            args = x, rotary, mask, cache, i, (at if layer is layers[-1][0] else None)
+        for layer, i in self.stack():
+            args = x, rotary, mask, cache, i
             x = checkpoint(layer, *args, use_reentrant=False) if self.recompute and x.requires_grad else layer(*args)
         if cache: cache.length += T
         return self.ends.norm(x)
@@ -489,7 +484,7 @@ class InfMLLM(nn.Module):
         if target_at is None: target_at = (targets != IGNORE).nonzero()[:, 0]
         at = target_at.clamp(min=0)
         wanted = torch.where(target_at < 0, IGNORE, targets[at])                     # (M,)
-        hidden = self.llm(x, at=at)                                                  # (M, D)
+        hidden = self.llm(x).flatten(0, 1)[at]                                       # (M, D)
         return summed_cross_entropy(self.llm.head, hidden, wanted, self.llm.config.vocab)
 
     def freeze(self, stage, tune=None):
@@ -565,10 +560,10 @@ def flops(c: Config, text, supervised, stage=None, tune=None, branch=None):
     kv = l.width * l.kv_heads // l.heads
     qv, k, rest = l.width * (l.width + kv), l.width * kv, l.width * (l.width + 3 * l.mlp)
     inner = l.branches[branch] if branch else []
-    layers, last = l.layers + len(inner), l.layers - 1 in inner             # last: one of them ends it all
+    layers = l.layers + len(inner)
     llm_qv = 2 * T * l.layers * qv
-    llm = 2 * T * layers * (qv + k) + 2 * rest * (T * (layers - 1) + supervised)      # see Llama: `at`
-    llm_inner = 2 * T * len(inner) * (qv + k) + 2 * rest * (T * (len(inner) - last) + supervised * last)
+    llm = 2 * T * layers * (qv + k + rest)
+    llm_inner = 2 * T * len(inner) * (qv + k + rest)
     llm_attention = layers * 2 * T * T * l.width
     head = 2 * supervised * l.width * l.vocab
     parts = {"vit": vit, "adapter": adapter_in + adapter_out, "llm": llm + llm_attention, "head": head}

@@ -40,7 +40,6 @@ def kept(c, s):
 
         LLM   attention's norm: its input; q, k, v, the attention's output; the MLP's norm: its input; gate, silu, up
               where Q and V train, or all: the first norm's output; where all train: the second's, silu(gate) * up
-              (the last layer's MLP sees the supervised positions alone)
         ViT   (if it trains) two norms' inputs and outputs, q, k, v, the attention's output; the MLP's before and after
     A matrix keeps its input only if it trains, so frozen layers keep less, and a frozen ViT keeps nothing.
     A branch's layers keep what layers keep where all train; those that they follow, what frozen ones do.
@@ -49,18 +48,16 @@ def kept(c, s):
     tokens, patches = s["rows"] * (c.visual_tokens + s["text"]), s["rows"] * (1 + c.vit.side ** 2)
     kv = D // c.llm.heads * c.llm.kv_heads
 
-    def layer(tune):                                               # bytes of its attention and of its MLP, per token
-        return (b * (3 * D + 2 * kv + D * (tune in ("qv", "full"))),
-                b * (D + 3 * c.llm.mlp + (D + c.llm.mlp) * (tune == "full")))
+    def layer(tune):                                               # bytes per token
+        attention = 3 * D + 2 * kv + D * (tune in ("qv", "full"))
+        return b * (attention + D + 3 * c.llm.mlp + (D + c.llm.mlp) * (tune == "full"))
     base, inner = layer(tune), c.llm.branches[s["branch"]] if tune == "inner" else []
-    added = layer("full") if inner else (0, 0)
-    ends = added if c.llm.layers - 1 in inner else base
+    added = layer("full") if inner else 0
     block = b * patches * (8 * Dv + 2 * c.vit.mlp) if s["stage"] == 2 and not inner else 0
     if not s["recompute"]:
-        last = ends[1] * (tokens - s["rows"] * s["answer"])        # what the last MLP is spared
-        return tokens * (c.llm.layers * sum(base) + len(inner) * sum(added)) - last + c.vit.layers * block
+        return tokens * (c.llm.layers * base + len(inner) * added) + c.vit.layers * block
     inputs = (c.llm.layers + len(inner)) * b * tokens * D + (c.vit.layers * b * patches * Dv if block else 0)
-    return inputs + max(tokens * max(sum(base), sum(added)), block)        # and the one layer that is computed again
+    return inputs + max(tokens * max(base, added), block)        # and the one layer that is computed again
 
 
 def tuning(s): return s["stage"], tuned(s), s["branch"] if tuned(s) == "inner" else None

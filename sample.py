@@ -117,9 +117,7 @@ def prefix(model, images, tokens, image_index=None):
 
 def next_logits(llm, cache, x, pad):
     """x (B,T,D) -> logits (B,V) of what follows the last position; the others' are not made."""
-    B, T = x.shape[:2]
-    last = torch.arange(T - 1, B * T, T, device=x.device) if T > 1 else None
-    return llm.head(llm(x, cache, pad, last).view(B, -1)).float()
+    return llm.head(llm(x, cache, pad)[:, -1]).float()
 
 
 def steps(llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):

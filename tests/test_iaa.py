@@ -134,7 +134,7 @@ def test_a_branch_is_the_deeper_model_in_loss_gradients_recomputation_and_flops(
 
 
 @torch.no_grad()
-def test_cache_padding_and_chosen_positions_are_those_of_the_deeper_model():
+def test_cache_and_padding_are_those_of_the_deeper_model():
     m = grown([1])
     llm, plain, lists = m.llm, deeper(m).llm, [text(5), text(12, 2), text(9, 3)]
     tokens, pad = rows(*lists, left=True), torch.tensor([7, 0, 3])
@@ -143,8 +143,6 @@ def test_cache_padding_and_chosen_positions_are_those_of_the_deeper_model():
     assert cache.kv.shape[0] == 3
     got = torch.cat([llm(tokens[:, a:b], cache, pad) for a, b in ((0, 9), (9, 10), (10, 12))], 1)
     for i, n in enumerate(pad): assert (got[i, n:] - want[i, n:]).abs().max() < 1e-5
-    at = torch.tensor([11, 20, 35])
-    assert torch.equal(llm(tokens, pad=pad, at=at), plain(tokens, pad=pad, at=at))
 
 
 @pytest.mark.parametrize("mode", [{}, {"beams": 4, "length_penalty": 0.0}, {"temperature": 0.9, "seed": 3}])
