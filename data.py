@@ -11,19 +11,16 @@ import dataclasses
 import io
 import itertools
 import math
-import mmap
 import multiprocessing
 import os
 import re
 import signal
 import sys
 import warnings
-import weakref
 import zlib
-from collections import Counter, deque
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 
 import numpy as np
 import sentencepiece
@@ -287,17 +284,15 @@ class Batch:
     def pin_memory(self): return self.each(torch.Tensor.pin_memory)
 
 
-def collate(samples, pad, visual, side, bucket=BUCKET, bad=(), room=None):
-    """samples: (tokens, targets, [uint8 (S,S,3), ...]) per row -> Batch. room (N,S,S,3): all the pictures, in order,
-    where somebody has put them together already."""
+def collate(samples, pad, visual, side, bucket=BUCKET, bad=()):
+    """samples: (tokens, targets, [uint8 (S,S,3), ...]) per row -> Batch."""
     up = lambda n: -(-max(1, n) // bucket) * bucket
     B, T = len(samples), up(max(len(tokens) for tokens, _, _ in samples))
     tokens, targets = np.full((B, T), pad), np.full((B, T), IGNORE)
     for b, (ids, wanted, _) in enumerate(samples): tokens[b, :len(ids)], targets[b, :len(ids)] = ids, wanted
     pictures = [picture for _, _, row in samples for picture in row]
-    if not pictures: room = np.full((1, side, side, 3), 127, np.uint8)
-    images = torch.from_numpy(np.stack(pictures) if room is None else room)
-    images = images.permute(0, 3, 1, 2)                                # a view, channels last: nothing is turned
+    images = np.stack(pictures or [np.full((side, side, 3), 127, np.uint8)])
+    images = torch.from_numpy(images).permute(0, 3, 1, 2)              # a view, channels last: nothing is turned
     image_at = np.flatnonzero(tokens == IMAGE) if pictures else np.full(visual, -1)
     assert len(image_at) == len(images) * visual, f"{len(image_at)} placeholders for {len(images)} images x {visual}"
     wanted = np.flatnonzero(targets != IGNORE)
@@ -441,21 +436,17 @@ class Data:
             except BadInput as e: bad.append(str(e)[:1000])
         raise BadInput(f"source '{source.name}': {n + 1} samples in a row cannot be read; the first: {bad[-n - 1]}")
 
-    def micro_batch(self, key, room=None):
+    def micro_batch(self, key):
         """The Batch of (step, rank, world, micro, accum), or a BadInput: raised in a worker it would come with a
-        traceback. room (n,S,S,3) uint8: where the pictures go, if there are no more than n."""
+        traceback."""
         step, rank, world, micro, accum = key
-        size, bad, samples, used = self.batch // (world * accum), [], [], 0
-        if room is None: room = np.empty((size, self.image_size, self.image_size, 3), np.uint8)
-        for s, number in self.rows(step)[rank::world][micro * size:(micro + 1) * size].tolist():
-            try: tokens, targets, pictures = self.readable(self.sources[s], number, step, bad)
-            except BadInput as e: return e
-            last = used + len(pictures)
-            if last > len(room): room = np.concatenate((room[:used], np.empty((last, *room.shape[1:]), np.uint8)))
-            for n, picture in enumerate(pictures, used): room[n] = picture         # at once: a batch of them, each in
-            samples.append((tokens, targets, room[used:last]))                     # memory of its own, is slow to get
-            used = last
-        return collate(samples, self.tokenizer.pad, self.visual, self.image_size, self.bucket, bad, room[:used])
+        size, bad = self.batch // (world * accum), []
+        rows = self.rows(step)[rank::world][micro * size:(micro + 1) * size].tolist()
+        try: samples = [self.readable(self.sources[s], number, step, bad) for s, number in rows]
+        except BadInput as e: return e
+        return collate(samples, self.tokenizer.pad, self.visual, self.image_size, self.bucket, bad)
+
+    __getitem__ = micro_batch                                          # a DataLoader takes it for a dataset
 
     def batches(self, start=0, steps=None, rank=0, world=1, accum=1, workers=0, pin=False, prefetch=2):
         """Per step, from `start` on, the list of this rank's `accum` micro-batches; forever if steps is None."""
@@ -463,16 +454,14 @@ class Data:
             raise BadInput(f"--batch {self.batch} does not split into {world} ranks x {accum} micro-batches; change it")
         steps = itertools.count(start) if steps is None else range(start, start + steps)
         keys = ((step, rank, world, micro, accum) for step in steps for micro in range(accum))
-        shelf = Shelf(self, self.batch // (world * accum), workers, prefetch + 2 * accum)
         more = dict(prefetch_factor=prefetch, multiprocessing_context=METHOD) if workers else {}
         loader = torch.utils.data.DataLoader(
-            shelf, batch_size=None, sampler=shelf.jobs(keys), num_workers=workers,
-            generator=torch.Generator(), worker_init_fn=stay, **more)
+            self, batch_size=None, sampler=keys, num_workers=workers, generator=torch.Generator(), worker_init_fn=stay,
+            **more)
         micro = []
         with deaf(): loader = iter(loader)                     # no signal ends a loader before it can stay()
         for batch in loader:
             if isinstance(batch, BadInput): raise batch
-            batch = shelf.lend(batch)
             if pin: batch = batch.pin_memory()
             self.seen += len(batch.tokens); self.bad += len(batch.bad); self.bad_names += batch.bad
             micro.append(batch)
@@ -490,49 +479,6 @@ class Data:
                 yield dataclasses.replace(
                     record, source=source.name, task=source.task, number=number, prompt=turns[0][0], turns=turns,
                     images=[upright(image) for image, _ in pictures], size=size)
-
-
-class Shelf:
-    """A Data as the loader's workers see it: they put pictures into memory that all processes share and that is used
-    again and again. New memory costs a page fault for every 4 KB, and took a tenth of a worker's time; a place is free
-    again when the last tensor that looks at it is gone. Workers that are not forked do without. The small arrays travel
-    by value, as a tensor costs each process a file descriptor and a handshake."""
-
-    def __init__(self, data, rows, workers, places):
-        self.data, self.shape = data, (rows, data.image_size, data.image_size, 3)
-        workers, forked = max(1, workers), METHOD == "fork"
-        self.memory = [mmap.mmap(-1, math.prod(self.shape)) for _ in range(workers * places if forked else 0)]
-        self.free = [list(range(w, len(self.memory), workers)) for w in range(workers)]
-        self.lent = deque()                                            # the place of each batch under way, or None
-
-    def jobs(self, keys):
-        """(key, place) in the main process, as work is handed out. A worker gets the places that it has used before."""
-        for n, key in enumerate(keys):
-            free = self.free[n % len(self.free)]
-            self.lent.append(free.pop() if free else None)
-            yield key, self.lent[-1]
-
-    def __getitem__(self, job):
-        """In a worker: the batch with arrays for tensors, and for its pictures their number, if they lie in place."""
-        key, place = job
-        room = None if place is None else np.ndarray(self.shape, np.uint8, self.memory[place])
-        batch = self.data.micro_batch(key, room)
-        if isinstance(batch, BadInput): return batch
-        there = room is not None and batch.images.data_ptr() == room.ctypes.data
-        arrays = batch.each(torch.Tensor.numpy)
-        return dataclasses.replace(arrays, images=len(batch.images) if there else batch.images)
-
-    def lend(self, batch):
-        """In the main process: the batch with tensors again."""
-        place, images = self.lent.popleft(), batch.images
-        free = None if place is None else partial(self.free[place % len(self.free)].append, place)
-        if isinstance(images, int):
-            look = np.ndarray((images, *self.shape[1:]), np.uint8, self.memory[place])
-            weakref.finalize(look, free)                               # the tensor's storage holds it, every view of it
-            images = torch.from_numpy(look).permute(0, 3, 1, 2)
-        elif free: free()
-        tensors = {k: torch.from_numpy(v) for k, v in vars(batch).items() if isinstance(v, np.ndarray)}
-        return dataclasses.replace(batch, images=images, **tensors)
 
 
 def common(answers): return Counter(answers).most_common(1)[0][0] if answers else ""
