@@ -348,7 +348,7 @@ class Data:
         self.tokenizer, self.image_size, self.visual, self.context = tokenizer, image_size, visual, context
         self.batch, self.seed, self.train, self.image_mark = batch, seed, train, image_mark
         self.bucket, self.window = bucket, window
-        self.seen, self.bad, self.bad_names = 0, 0, []                 # samples yielded, samples replaced, which
+        self.bad = 0                                                   # samples that were replaced
         weights = np.array([s.weight or len(s) for s in self.sources], float)
         self.shares = np.maximum(1, np.floor(weights / weights.sum() * ROUND)).astype(int)     # rows of a ROUND
         self.shares[self.shares.argmax()] += ROUND - self.shares.sum()
@@ -463,7 +463,7 @@ class Data:
         for batch in loader:
             if isinstance(batch, BadInput): raise batch
             if pin: batch = batch.pin_memory()
-            self.seen += len(batch.tokens); self.bad += len(batch.bad); self.bad_names += batch.bad
+            self.bad += len(batch.bad)
             micro.append(batch)
             if len(micro) == accum: yield micro; micro = []
 

@@ -66,12 +66,12 @@ ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 @torch.inference_mode()
 def generate_ids(model, images, tokens, image_index=None, max_new_tokens=64, min_new_tokens=0, eos=2, beams=1,
-                 length_penalty=1.0, temperature=0.0, top_k=0, top_p=1.0, seed=0, on_token=None) -> list[list[int]]:
+                 length_penalty=1.0, temperature=0.0, top_k=0, top_p=1.0, seed=0) -> list[list[int]]:
     """The new ids of every prompt, up to and without the eos.
 
     images (N,3,S,S); tokens: ids per prompt, with runs of P*P times IMAGE; image_index: which image stands at each run
     (0, 1, 2, ... if not given). temperature 0 is greedy; else prompt i draws from the stream of seed + i, or of
-    seed[i], whatever the batch. on_token(ids) sees the B new ids of every step.
+    seed[i], whatever the batch.
 
     One branch a call: the active one where there are images, the base alone where there is none; never both.
     """
@@ -79,7 +79,7 @@ def generate_ids(model, images, tokens, image_index=None, max_new_tokens=64, min
         assert not any(IMAGE in row for row in tokens), "text alone is the base's and not the branch's: two calls"
         with model.using(None):
             return generate_ids(model, images, tokens, image_index, max_new_tokens, min_new_tokens, eos, beams,
-                                length_penalty, temperature, top_k, top_p, seed, on_token)
+                                length_penalty, temperature, top_k, top_p, seed)
     assert beams == 1 or temperature == 0, "beam search and sampling do not go together"
     x, pad = prefix(model, images, tokens, image_index)                              # (B, T, D)
     B, T = x.shape[:2]
@@ -90,7 +90,6 @@ def generate_ids(model, images, tokens, image_index=None, max_new_tokens=64, min
         new, done, ask = [], set(), 1 if x.device.type == "cpu" else 8
         for token in steps(model.llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
             new.append(token)
-            if on_token: on_token(token.tolist())
             if len(new) % ask: continue                        # asking waits for a GPU, which runs ahead of Python
             for ids in new[-ask:]: done.update(b for b, i in enumerate(ids.tolist()) if i == eos)
             if len(done) == B: break

@@ -254,7 +254,7 @@ def test_evaluation_raises_what_training_replaces(tmp_path):
     dump(tmp_path / "v.json", [ASK, {**ASK, "image": "b.png"}])
     data = Data(mixture(tmp_path, VQA), TOKENIZER, 16, V, 256, batch=2)
     [[batch]] = data.batches(0, 1)
-    assert len(batch.bad) == data.bad == 1 and "record 1" in data.bad_names[0]
+    assert len(batch.bad) == data.bad == 1 and "record 1" in batch.bad[0]
     with pytest.raises(BadInput, match="record 1"): list(data.samples())
 
 
