@@ -5,9 +5,10 @@ Names of dimensions as in model.py; `run` is a train.Run and `s` its settings (t
 import json
 import math
 import re
+import resource
 import shutil
+import sys
 import time
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -114,26 +115,10 @@ def total_memory(device):
     return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
 
 
-class Peak:
-    """The most memory that this rank has held since `begin`, on its GPU, or in RAM where the system tells."""
-
-    def __init__(self, device): self.device = device if device.type == "cuda" else None
-
-    def begin(self):
-        if self.device: torch.cuda.reset_peak_memory_stats(self.device)
-        else:
-            with suppress(OSError): Path("/proc/self/clear_refs").write_text("5")      # not there, or not ours to write
-        self.start = self.read()
-
-    def read(self):
-        if self.device: return torch.cuda.max_memory_allocated(self.device)
-        status = Path("/proc/self/status")
-        return int(status.read_text().split("VmHWM:")[1].split()[0]) * 1024 if status.exists() else None
-
-    def __str__(self):
-        now = self.read()
-        if now is None: return "not measured (this system does not tell)"
-        return f"{now / GIB:.2f} GiB, of which {self.start / GIB:.2f} were held before the first step"
+def peak_memory(device):
+    """The most bytes that this rank has held: on its GPU, or of RAM since the process began."""
+    if device.type == "cuda": return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def counted(counts): return ", ".join(f"{name} {n:,}" for name, n in counts.items())

@@ -39,8 +39,8 @@ import model as models
 from adapter import pool_path
 from data import BUCKET, BadInput, Data, Tokenizer, load_mixture
 from report import (
-    GIB, PARTS, Log, Peak, arithmetic, counted, describe, evaluate, examples, final_scores, measured_time, peak_flops,
-    plot, total_memory, tuning,
+    GIB, PARTS, Log, arithmetic, counted, describe, evaluate, examples, final_scores, measured_time, peak_flops,
+    peak_memory, plot, total_memory, tuning,
 )
 from start import base_of, build, described, find_tokenizer, inner_layers, out_folder, start_from
 
@@ -495,8 +495,6 @@ def train(run, asked):
     save_every, eval_every = (quarter if n is None else n or math.inf for n in (args.save_every, args.eval_every))
     saved, saved_at = time.monotonic(), run.step
     if run.step == 0 and eval_every < math.inf: show(run, log)
-    memory = Peak(run.device)
-    memory.begin()
     stream = run.data.batches(run.step, s["steps"] - run.step, run.rank, run.world, s["accum"], args.workers,
                               pin=run.device.type == "cuda")
     while run.step < s["steps"]:
@@ -523,7 +521,7 @@ def train(run, asked):
     stream.close()
     if saved_at != run.step: log.say(f"saved {save(run)}")
     log.bar.close()
-    if run.rank == 0: print(f"memory of a rank at its peak, measured: {memory}")
+    if run.rank == 0: print(f"memory of a rank at its peak, measured: {peak_memory(run.device) / GIB:.2f} GiB")
     return run.step == s["steps"]
 
 
