@@ -8,6 +8,7 @@ All of them map (N, 1+s*s, Dv), CLS first, to (N, Q, D):
 
 Names of dimensions: N images, s patches per side, P windows per side, Dv the ViT's width, D the language model's.
 """
+
 import os
 from functools import cache
 
@@ -36,14 +37,12 @@ def pool_reference(x, weight, bias, grid, eps=1e-5):
     if weight is not None: y = y * weight if bias is None else torch.addcmul(bias, y, weight)
     return y.reshape(N, P * P, Dv).to(x.dtype)
 
-
 @cache
 def pool_path(device):
     """'triton' on CUDA, 'torch' elsewhere; NANO_POOL=triton|torch forces either."""
     path = os.environ.get("NANO_POOL") or ("triton" if device == "cuda" else "torch")
     assert path in ("triton", "torch"), f"NANO_POOL is triton or torch, not {path}"
     return path
-
 
 def pool(x, weight, bias, grid, eps=1e-5):
     """pool_reference, or the same function as one kernel (pool_triton.py), which computes in fp32 and not in fp64."""
@@ -52,12 +51,10 @@ def pool(x, weight, bias, grid, eps=1e-5):
     from pool_triton import pool as fused
     return fused(x, weight, bias, grid, eps)
 
-
 def side(patches):
     s = round(patches ** 0.5)
     assert s * s == patches, f"{patches} patches do not form a square; the first token must be CLS"
     return s
-
 
 class PoolAdapter(nn.Module):
     """InfMLLM's: keeps the patches' order and with it their place in the image. (N,1+s*s,Dv) -> (N,P*P,D)"""
@@ -73,7 +70,6 @@ class PoolAdapter(nn.Module):
         weight, bias, eps = (self.norm.weight, self.norm.bias, self.norm.eps) if self.norm else (None, None, 1e-5)
         x = pool(x, weight, bias, self.grid, eps)                                    # (N, P*P, Dv)
         return self.fc2(F.gelu(self.fc1(x)))                                         # (N, P*P, D)
-
 
 class Resampler(nn.Module):
     """The Q-Former's stand-in (Qwen-VL's form): learned queries cross-attend once to all patches, which lose their

@@ -6,206 +6,41 @@
 
 Names of dimensions: B rows, T tokens, N images, S pixels per side, V = P*P visual tokens per image.
 """
-import ctypes
+
 import dataclasses
-import io
 import itertools
-import math
-import multiprocessing
-import os
-import re
-import signal
-import sys
-import warnings
 import zlib
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
-import sentencepiece
 import torch
-from PIL import Image, ImageOps
 
-from formats import HERE, BadInput, Record, clean, load_mixture, read_at, whole  # noqa: F401  (some passed on)
+from formats.mixture import load_mixture
+from formats.pictures import (
+    WHOLE,
+    fractions,
+    move_box,
+    padded_region,
+    peek,
+    random_region,
+    to_square,
+    upright,
+)
 from model import IGNORE, IMAGE
+from support.errors import BadInput
+from support.processes import METHOD, deaf, stay
+from text.boxes import format_box
+from text.templates import MARK, SYSTEM, TASKS, chat_turn, plain, prompt
+from text.tokenizer import encode_turns, truncate
 
-MARK = "<image><ImageHere>"            # what a conversation's <image> becomes; LLaVA's own models want HERE alone
-MEAN_COLOUR = (122, 116, 104)          # CLIP's mean in bytes: what pads a picture to a square
-CROP_SCALE = (0.5, 1.0)                # share of the area that a random crop keeps
 BUCKET = 16                            # T and the supervised count are rounded up to this: few shapes, 1% waste
+
 WINDOW = 128                           # steps whose rows are sorted by length together; 1 keeps every batch mixed
+
 ROUND = 4096                           # rows after which the mixture's shares are exact
-METHOD = "fork" if sys.platform == "linux" else None       # of loader processes, whatever Python would do: a child of
-#                                        the helper that newer Pythons fork from outlives a training that was killed
+
 TRIES = 100                            # unreadable samples in a row before we give up
-KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")    # Pillow has more; one runs Ghostscript
-PIXELS = 89_000_000                    # an image that claims more is a bomb or a mistake
-warnings.simplefilter("ignore", Image.DecompressionBombWarning)        # Pillow warns where we refuse
-
-
-# ---- boxes -----------------------------------------------------------------------------------------------------------
-
-
-def format_box(box):
-    """Fractions (x1, y1, x2, y2) -> text. Two decimals: with three, the released parser misreads every x2 < 0.1."""
-    if not (all(math.isfinite(v) and 0 <= v <= 1 for v in box) and box[0] < box[2] and box[1] < box[3]):
-        raise BadInput(f"box {tuple(box)} is degenerate or outside its image; fractions must be 0 <= x1 < x2 <= 1")
-    return "<box>({:.2f},{:.2f}),({:.2f},{:.2f})</box>".format(*box)
-
-
-NUMBER = r"\s*(0(?:\.\d+)?|1(?:\.0+)?)\s*"
-BOX = re.compile(rf"<box>\s*\({NUMBER},{NUMBER}\)\s*,\s*\({NUMBER},{NUMBER}\)\s*</box>", re.ASCII)
-
-
-def parse_box(text):
-    """The first box of a text as fractions, or None if there is none or its corners are the wrong way round."""
-    found = BOX.search(text)
-    box = tuple(float(v) for v in found.groups()) if found else None
-    return box if box and box[0] <= box[2] and box[1] <= box[3] else None
-
-
-def parse_box_released(text):
-    """What the released code reads, its unescaped dots and misreadings included: for figures beside the paper's."""
-    found = re.search(r"(0.\d+),(0.\d+).*(0.\d+),(0.\d+)", text)
-    try: return tuple(float(v) for v in found.groups()) if found else None
-    except ValueError: return None
-
-
-def fractions(box, size, where):
-    """A pixel box of an annotation, checked, as fractions of its image. A pixel beyond the edge is rounding."""
-    if len(box) != 4 or not all(type(v) in (int, float) and abs(v) < 1e9 for v in box):              # NaN is not < 1e9
-        raise BadInput(f"{where}: bbox {box} is not four finite numbers; mend or remove it")
-    (x1, y1, x2, y2), (w, h) = box, size
-    if not (x1 < x2 and y1 < y2): raise BadInput(f"{where}: bbox {box} is degenerate; it must be [x1, y1, x2, y2]")
-    if min(x1, y1) < -1 or x2 > w + 1 or y2 > h + 1 or min(x2, y2) <= 0 or x1 >= w or y1 >= h:
-        raise BadInput(f"{where}: bbox {box} is outside its {w} x {h} image; mend it ([x1, y1, x2, y2] in pixels)")
-    return max(x1, 0) / w, max(y1, 0) / h, min(x2, w) / w, min(y2, h) / h
-
-
-def move_box(box, region):
-    """Fractions of an image -> fractions of the square that shows `region` of it (see to_square)."""
-    x, y, w, h = region[0], region[1], region[2] - region[0], region[3] - region[1]
-    moved = (box[0] - x) / w, (box[1] - y) / h, (box[2] - x) / w, (box[3] - y) / h
-    x1, y1, x2, y2 = (min(1., max(0., v)) for v in moved)
-    if x1 >= x2 or y1 >= y2: raise BadInput(f"box {tuple(box)} is cropped away; boxes need whole images")
-    return x1, y1, x2, y2
-
-
-# ---- images ----------------------------------------------------------------------------------------------------------
-
-
-@contextmanager
-def pillow(where):
-    """Pillow, fed a stranger's bytes, raises almost anything; here and only here it becomes the reader's sentence."""
-    try: yield
-    except BadInput: raise
-    except Exception as e:
-        why = " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())
-        raise BadInput(f"{where}: cannot be read as an image ({why}); fetch it again or leave it out") from e
-
-
-def peek(ref, where=""):
-    """(path, offset, size) -> (image, its upright size). Reads the header alone."""
-    path, offset, size = ref
-    where = f"{where}: image {path}" if size < 0 else where
-    with pillow(where):
-        if size < 0 and not os.path.isfile(path): raise BadInput(f"{where}: is no file; mend or remove the record")
-        image = Image.open(path if size < 0 else io.BytesIO(read_at(path, offset, size)), formats=KINDS)
-        plain = image.mode in ("1", "L", "P", "RGB", "CMYK", "YCbCr") and "transparency" not in image.info
-        most = PIXELS if plain else PIXELS // 4                # the others take up to four copies on their way to RGB
-        if image.width * image.height > most: raise BadInput(f"{where}: has over {most} pixels; shrink it")
-        exif = image.format != "PNG" or "exif" in image.info   # a PNG without would be decoded for the asking
-        try: turn = image.getexif().get(0x0112, 1) if exif else 1
-        except Exception: turn = 1                             # a broken EXIF block is common, and the picture is fine
-        image.where, image.turn = where, turn if turn in range(1, 9) else 1
-        return image, image.size[::-1] if image.turn >= 5 else image.size
-
-
-def upright(image, need=None):
-    """A peeked image -> RGB: first frame, as the photographer held it, alpha over white, 16 bits scaled to 8.
-    `need`: pixels per side that will be used; a JPEG twice as large is decoded at 1/2, 1/4 or 1/8, nearly for free."""
-    with pillow(getattr(image, "where", "the image")):
-        if need and image.format == "JPEG": image.draft(None, (2 * need, 2 * need))
-        if getattr(image, "turn", 1) > 1: image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):                         # Pillow's own conversion would clip to white
-            image = Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
-            image = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-        image.load()
-        return image if image.mode == "RGB" else image.convert("RGB")
-
-
-WHOLE = (0.0, 0.0, 1.0, 1.0)
-
-
-def random_region(size, rng):
-    """What RandomResizedCrop keeps (torchvision's rule, aspect 3/4 to 4/3), as fractions of the image."""
-    w, h = size
-    for _ in range(10):
-        area, ratio = w * h * rng.uniform(*CROP_SCALE), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
-        cw, ch = math.sqrt(area * ratio), math.sqrt(area / ratio)
-        if cw <= w and ch <= h:
-            x, y = rng.uniform(0, w - cw), rng.uniform(0, h - ch)
-            return x / w, y / h, min(1., (x + cw) / w), min(1., (y + ch) / h)
-    return WHOLE
-
-
-def padded_region(size):
-    """The square around the whole image; what of it lies outside is filled with the mean colour."""
-    (w, h), side = size, max(size)
-    x, y = -((side - w) // 2), -((side - h) // 2)
-    return x / w, y / h, (x + side) / w, (y + side) / h
-
-
-def to_square(image, side, region=WHOLE):
-    """`region` (fractions) of an RGB image, stretched bicubically over side x side -> uint8 (S,S,3)."""
-    w, h = image.size
-    box = [region[0] * w, region[1] * h, region[2] * w, region[3] * h]
-    if min(region) < 0 or max(region) > 1:
-        x, y, right, bottom = map(round, box)
-        canvas = Image.new("RGB", (right - x, bottom - y), MEAN_COLOUR)
-        canvas.paste(image, (-x, -y))
-        image, box = canvas, None
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box))
-
-
-# ---- tasks, prompts, tokens ------------------------------------------------------------------------------------------
-
-
-def plain(text, gap=""): return " ".join(re.sub(r"[.!\"()*#:;~]", gap, text.lower()).split()[:50])
-
-
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
-
-
-@dataclass
-class Task:
-    template: str                      # the prompt, {} for the text
-    clean: object = str                # what is done to that text
-    pad: bool = False                  # pad to a square with the mean colour, instead of squashing
-
-
-TASKS = {   # the prompts of captioning and of region captions are not published: those two are ours
-    "caption": Task(MARK + "Short caption:"),
-    "vqa": Task(MARK + "Question:{} Short answer:", plain),
-    "ground": Task(MARK + "<ref>{}</ref>"),
-    "region": Task(MARK + "{} Short phrase:"),
-    "chat": Task("USER: {} ASSISTANT:", pad=True),
-}
-
-
-def prompt(task, text="", image_mark=MARK):
-    """The full template of one question; of a chat its first turn, after the image (image_mark="": no image)."""
-    text = TASKS[task].clean(text)
-    if task != "chat": return TASKS[task].template.format(text)
-    return SYSTEM + chat_turn(f"{image_mark}\n{text}" if image_mark else text)
-
-
-def chat_turn(question): return TASKS["chat"].template.format(question)
-
 
 def pose(record, task, answer, mark, size=None, region=WHOLE):
     """A record as the (prompt, answer) turns that a model reads; its box as it lies in `region` of the image."""
@@ -217,57 +52,7 @@ def pose(record, task, answer, mark, size=None, region=WHOLE):
     box = format_box(move_box(fractions(record.box, size, record.where), region))
     return [(prompt(task, record.text), box)] if task == "ground" else [(prompt(task, box), record.text)]
 
-
-class Tokenizer:
-    """A sentencepiece model; `path` is the file, or a folder with tokenizer.model."""
-    def __init__(self, path):
-        self.path = os.path.join(path, "tokenizer.model") if os.path.isdir(path) else str(path)
-        self.bytes = whole(self.path)
-        try: self.model = m = sentencepiece.SentencePieceProcessor(model_proto=self.bytes)
-        except (RuntimeError, ValueError, TypeError) as e:
-            raise BadInput(f"{self.path}: is not a sentencepiece model; name LLaMA's tokenizer.model") from e
-        self.special = self.bos, self.eos, self.pad = m.bos_id(), m.eos_id(), m.unk_id()
-        self.size = len(m)
-        if min(self.bos, self.eos) < 0: raise BadInput(f"{self.path}: has no BOS or EOS; name LLaMA's tokenizer.model")
-
-    def __reduce__(self): return Tokenizer, (self.path,)
-    def encode(self, text): return self.model.encode(text)
-    def decode(self, ids):
-        return self.model.decode([int(i) for i in ids if self.size > i >= 0 and i not in self.special])
-
-
-def encode_prompt(tokenizer, text, visual, bos=True):
-    """BOS, then the sides of every <ImageHere> tokenised apart, `visual` placeholders in its place."""
-    ids = [tokenizer.bos] if bos else []
-    for i, side in enumerate(text.split(HERE)): ids += ([IMAGE] * visual if i else []) + tokenizer.encode(side)
-    return ids
-
-
-def encode_turns(tokenizer, turns, visual, context=math.inf):
-    """(prompt, answer) turns -> tokens, targets, equally long and shifted: targets[t] is to be predicted at t.
-    An answer of None ends the sequence after its prompt, ready for generation. Turns behind the context are left out,
-    but for the one that shows that there are any."""
-    ids, wanted = [], []
-    for i, (text, answer) in enumerate(turns):
-        asked = encode_prompt(tokenizer, text, visual, bos=i == 0)
-        said = [] if answer is None else tokenizer.encode(answer) + [tokenizer.eos]
-        ids += asked + said
-        wanted += [IGNORE] * len(asked) + said
-        if len(ids) > context + 1: break
-    if turns[-1][1] is None: return ids, wanted[1:] + [IGNORE]
-    return ids[:-1], wanted[1:]                                        # nothing follows the last EOS: it is no input
-
-
-def truncate(tokens, context):
-    """How many tokens fit, an image whole or not at all."""
-    cut = min(context, len(tokens))
-    while 0 < cut < len(tokens) and tokens[cut] == tokens[cut - 1] == IMAGE: cut -= 1
-    return cut
-
-
 # ---- batches ---------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class Batch:
     images: torch.Tensor               # (N,3,S,S) uint8; one grey picture if the rows have none
@@ -282,7 +67,6 @@ class Batch:
         return dataclasses.replace(self, **{k: do(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)})
     def to(self, device, non_blocking=False): return self.each(lambda t: t.to(device, non_blocking=non_blocking))
     def pin_memory(self): return self.each(torch.Tensor.pin_memory)
-
 
 def collate(samples, pad, visual, side, bucket=BUCKET, bad=()):
     """samples: (tokens, targets, [uint8 (S,S,3), ...]) per row -> Batch."""
@@ -301,13 +85,11 @@ def collate(samples, pad, visual, side, bucket=BUCKET, bad=()):
     tensors = [torch.from_numpy(a.astype(np.int64, copy=False)) for a in (tokens, targets, image_at, target_at)]
     return Batch(images, *tensors, supervised=len(wanted), bad=list(bad))
 
-
 def mix(x):
     """splitmix64's finaliser: 64 well-stirred bits from any 64."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
-
 
 def shuffled(i, n, key):
     """Where each i of 0..n-1 stands in the permutation named by its key: a Feistel network of six rounds on the next
@@ -320,25 +102,6 @@ def shuffled(i, n, key):
         i[todo] = (left << half) | right
         todo &= i >= n
     return i.astype(np.int64)
-
-
-@contextmanager
-def deaf():
-    """SIGTERM and SIGINT are held back; from what is forked in here, for good."""
-    if not hasattr(signal, "pthread_sigmask"): yield; return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
-    try: yield
-    finally: signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def stay(worker):
-    """A loader process outlives the signals that a terminal or a scheduler sends to all. It leaves when its parent
-    does, which may have a step to finish; by itself it would wait for ever to write into a pipe that nobody reads."""
-    for number in (signal.SIGTERM, signal.SIGINT): signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)             # PR_SET_PDEATHSIG: this signal when the parent has gone
-        if os.getppid() != multiprocessing.parent_process().pid: os._exit(1)       # it went before that line
-
 
 class Data:
     """A mixture, ready to be trained on or evaluated. Every batch is a pure function of (seed, step): see rows."""
@@ -479,6 +242,5 @@ class Data:
                 yield dataclasses.replace(
                     record, source=source.name, task=source.task, number=number, prompt=turns[0][0], turns=turns,
                     images=[upright(image) for image, _ in pictures], size=size)
-
 
 def common(answers): return Counter(answers).most_common(1)[0][0] if answers else ""

@@ -11,6 +11,7 @@ again. In the end they are one predictions.jsonl, with scores.json and the files
 Which samples share a batch depends on the data and on --batch alone: any number of ranks, and a run that was stopped,
 give the same file.
 """
+
 import argparse
 import json
 import os
@@ -25,31 +26,28 @@ from types import SimpleNamespace
 import torch.distributed as dist
 from tqdm import tqdm
 
-import checkpoint
-import metrics
 import sample
-from data import (
-    MARK,
-    TASKS,
-    BadInput,
-    Data,
-    Record,
-    encode_turns,
-    load_mixture,
-    parse_box,
-    parse_box_released,
-    prompt,
-)
+from data import Data
+from formats.mixture import load_mixture
+from formats.records import Record
+from support import metrics
+from support.errors import BadInput
+from support.files import read_json
+from support.ranks import setup_ranks
+from text.boxes import parse_box, parse_box_released
+from text.templates import MARK, TASKS, prompt
+from text.tokenizer import encode_turns
 
 TOY = "out/toy/heldout.toml"
-WINDOW = 8         # batches whose samples are read together and sorted by length; a rank takes every world-th window
-SHORTLY = "\nAnswer the question using a single word or phrase."       # what LLaVA-1.5 adds for yes-or-no benchmarks
-SHEET = 16         # pictures on the contact sheet, half of them wrong if there are as many
 
+WINDOW = 8         # batches whose samples are read together and sorted by length; a rank takes every world-th window
+
+SHORTLY = "\nAnswer the question using a single word or phrase."       # what LLaVA-1.5 adds for yes-or-no benchmarks
+
+SHEET = 16         # pictures on the contact sheet, half of them wrong if there are as many
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What is asked
-
 @dataclass
 class Exam:
     """One source: `count` samples, items(first, last) in order; kind says how they are scored."""
@@ -58,7 +56,6 @@ class Exam:
     kind: str
     count: int
     items: object
-
 
 def open_exams(args, model, tokenizer):
     mark, c = model.config.image_mark, model.config
@@ -72,7 +69,6 @@ def open_exams(args, model, tokenizer):
     for exam in exams: exam.count = min(exam.count, args.limit or exam.count)
     return exams
 
-
 def yes_or_no(kind, args, mark, rows):
     """rows: (picture, question, label, fields). Prompts are those of vqa, or of a chat with --task chat."""
     task = args.task or "vqa"
@@ -84,7 +80,6 @@ def yes_or_no(kind, args, mark, rows):
             yield Record(str(path), [], source=kind, task=task, number=number, images=[image], size=image.size,
                          turns=[(asked, label)], answers=[label], fields=fields)
     return Exam(kind, task, kind, len(rows), items)
-
 
 def pope(args, mark):
     """JSON lines of {question_id, image, text, label}, as POPE publishes them."""
@@ -98,7 +93,6 @@ def pope(args, mark):
         rows.append((Path(args.images or ".") / image, question, label, {"question_id": row.get("question_id")}))
     if not rows: raise BadInput(f"{args.pope}: has no questions; fetch it again")
     return yes_or_no("pope", args, mark, rows)
-
 
 def mme(args, mark):
     """The released folder: per subtask pictures and texts of the same name, `question TAB Yes|No` a line; some subtasks
@@ -119,15 +113,12 @@ def mme(args, mark):
     if not rows: raise BadInput(f"{args.mme}: has no <subtask>/*.txt; name the folder that MME releases")
     return yes_or_no("mme", args, mark, rows)
 
-
 def read_text(path):
     try: return Path(path).read_text("utf-8")
     except (OSError, UnicodeDecodeError) as e: raise BadInput(f"{path}: cannot be read ({e}); check the path") from None
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Answers
-
 def questions(exam, first, last, model, tokenizer):
     """Every turn of the samples first..last-1 as (ids, item, turn), the past of a conversation being the true one."""
     config, asked = model.config, []
@@ -139,7 +130,6 @@ def questions(exam, first, last, model, tokenizer):
             asked.append((ids, item, turn))
     return sorted(asked, key=lambda q: len(q[0]))
 
-
 def row(item, turn, said):
     """What is kept of an answer: enough to score it without the data set."""
     fields, talk = item.fields or {}, "conversations" in (item.fields or {})
@@ -149,7 +139,6 @@ def row(item, turn, said):
     return {"source": item.source, "number": item.number, "turn": turn, "asked": item.turns[turn][0], "said": said,
             "truth": truth, "box": item.box, "size": item.size, "type": kind if isinstance(kind, str) else None,
             **{key: fields[key] for key in ids if fields.get(key) is not None}}
-
 
 def decode(exams, model, tokenizer, args, ranks, folder):
     """This rank's windows, batch by batch, into its own file; batches whose answers are on disk are passed over."""
@@ -179,9 +168,7 @@ def decode(exams, model, tokenizer, args, ranks, folder):
             bar.update(min(bar.total - bar.n, (last - first) * ranks.world))
     bar.close()
 
-
 def key(r): return r["source"], r["number"], r["turn"]
-
 
 def read_rows(folder):
     """All answers on disk, in order and each once; a line that was cut in half does not count."""
@@ -193,7 +180,6 @@ def read_rows(folder):
             rows[key(r)] = r
     return [rows[k] for k in sorted(rows)]
 
-
 def merge(folder):
     """The ranks' files become one, in the order of the data set."""
     rows, new = read_rows(folder), folder / "predictions.new"
@@ -202,20 +188,15 @@ def merge(folder):
     for path in folder.glob("predictions.*.jsonl"): path.unlink()
     return rows
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Scores
-
 def parts(text):
     """'a red square, a circle and a cross' as a set with repeats: the same things in any order."""
     return sorted(re.split(r",? and |, ", text.lower().strip().rstrip(".")))
 
-
 def same_parts(said, truths): return float(any(parts(said) == parts(t) for t in truths))
 
-
 def pixels(box, size): return box and [v * s for v, s in zip(box, (*size, *size))]
-
 
 def is_right(r, kind):
     """Of one answer alone: for the running score and the contact sheet."""
@@ -226,7 +207,6 @@ def is_right(r, kind):
     if kind == "chat" and (box := parse_box(r["truth"][0])): return metrics.iou(parse_box(r["said"]), box) >= 0.5
     if kind == "chat": return bool(metrics.exact_score(r["said"], r["truth"]))
     return bool(r["truth"]) and metrics.vqa_score(r["said"], r["truth"]) >= 0.5
-
 
 def score(rows, kind, protocol="vqav2"):
     """[(metric, score, count)] of one source."""
@@ -256,11 +236,9 @@ def score(rows, kind, protocol="vqav2"):
     typed = [(f"  {name}", *measure(some)[0][1:]) for name, some in sorted(by_type.items(), key=str) if name]
     return measure(rows) + (typed if len(typed) > 1 else [])
 
-
 def flat(table):
     count = table.pop("count")
     return [(name, value, count) for name, value in table.items()]
-
 
 def submission(rows, kind):
     """What the official servers take: VQAv2, COCO captions; boxes in pixels for RefCOCO."""
@@ -271,17 +249,14 @@ def submission(rows, kind):
     return [{"img_name": r["img_name"], "sent_id": r.get("sent_id"), "bbox": pixels(parse_box(r["said"]), r["size"])}
             for r in rows]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # For people
-
 def show(scores):
     width = max(len(name) for lines in scores.values() for name, _, _ in lines)
     print(f"{'source':<16}{'metric':<{width + 2}}{'score':>8}{'samples':>10}")
     for source, lines in scores.items():
         for i, (name, value, count) in enumerate(lines):
             print(f"{source if i == 0 else '':<16}{name:<{width + 2}}{value:>8.4g}{count:>10}")
-
 
 def cell(exam, r):
     """(picture, boxes, text, colour) of one answer for the contact sheet, None if there is no picture."""
@@ -298,7 +273,6 @@ def cell(exam, r):
     text = re.sub(r"</?(box|ref)>", "", "\n".join(said[:2] if exam.kind == "ground" else said))
     return item.images[0], [b for b in boxes if b[0]], text, sample.RIGHT if right else sample.WRONG
 
-
 def contact_sheet(path, exams, rows):
     """Wrong and right answers by turns of the sources, with the true box and the one that was named."""
     by_name, piles = {e.name: e for e in exams}, {False: defaultdict(list), True: defaultdict(list)}
@@ -314,10 +288,8 @@ def contact_sheet(path, exams, rows):
     if not any(cells): raise BadInput(f"--sheet {path}: there is no answer with a picture to draw")
     sample.sheet([c for c in cells if c], path)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Start to end
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -352,27 +324,24 @@ def parse(argv=None):
     if args.images and not args.pope: raise BadInput("--images belongs to --pope; a mixture names its own")
     return args
 
-
 def claim(folder, this):
     """The folder holds answers of this very evaluation, or none."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "evaluation.json"
     if path.exists():
-        before = checkpoint.read_json(path)
+        before = read_json(path)
         other = [name for name in this if before.get(name) != this[name]]
         if other: raise BadInput(f"{folder}: holds an evaluation with another {', '.join(other)}; name another --out")
     new = folder / f"evaluation.{os.getpid()}"
     new.write_text(json.dumps(this, indent=2))
     new.rename(path)
 
-
 def wait(ranks):
     if ranks.world > 1: dist.barrier()
 
-
 def examine(args):
     """Answers and scores: {source: [(metric, score, count)]} and their folder; only rank 0 gets them."""
-    rank, world, device = checkpoint.setup_ranks(args.device, timeout=24 * 3600)      # ranks do not finish together
+    rank, world, device = setup_ranks(args.device, timeout=24 * 3600)      # ranks do not finish together
     ranks = SimpleNamespace(rank=rank, world=world)
     path = Path(args.ckpt) if args.ckpt else sample.newest()
     model, tokenizer = sample.load_model(path, args.tokenizer, device, args.dtype, args.branch)
@@ -399,7 +368,6 @@ def examine(args):
     if world > 1: dist.destroy_process_group()
     return scores, folder
 
-
 def report(args, exams, folder):
     """The ranks' answers in one file, scored, drawn, and as the test servers take them."""
     rows = merge(folder)
@@ -412,12 +380,10 @@ def report(args, exams, folder):
     if args.sheet: contact_sheet(args.sheet, exams, rows)
     return scores
 
-
 def table(scores):
     """The scores as JSON; those of one type or subtask as `type right`, since a type may be called like a metric."""
     return {name: {metric.replace("  ", "type ", 1): {"score": value, "count": count} for metric, value, count in lines}
             for name, lines in scores.items()}
-
 
 def main(argv=None):
     args = parse(argv)
@@ -425,6 +391,5 @@ def main(argv=None):
     if scores is None: return
     if args.json: print(json.dumps(table(scores)))
     else: show(scores); print(f"answers: {folder / 'predictions.jsonl'}")
-
 
 if __name__ == "__main__": sys.exit(sample.run(main))

@@ -7,6 +7,7 @@ Names of dimensions, used in every shape comment:
     B rows of text              T tokens in a row         V vocabulary                       M supervised positions
     D width of the LLM          Dv width of the ViT       H heads, K key-value heads, hd head width
 """
+
 import copy
 import math
 from contextlib import contextmanager
@@ -20,10 +21,12 @@ from torch.utils.checkpoint import checkpoint
 from adapter import PoolAdapter, Resampler
 
 IMAGE = -1        # the token id that holds the place of one visual embedding
-IGNORE = -100     # a target that does not count
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)     # CLIP's, which EVA-CLIP shares
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
+IGNORE = -100     # a target that does not count
+
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)     # CLIP's, which EVA-CLIP shares
+
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 @dataclass
 class ViTConfig:
@@ -45,7 +48,6 @@ class ViTConfig:
 
     @property
     def side(self): return self.image_size // self.patch
-
 
 @dataclass
 class LlamaConfig:
@@ -70,7 +72,6 @@ class LlamaConfig:
             fits = inner and list(inner) == sorted(set(inner)) and inner[0] >= 0 and inner[-1] < self.layers
             assert fits, f"branch {name}: {inner} are not layers from 0 to {self.layers - 1}, each once and in order"
 
-
 @dataclass
 class Config:
     vit: ViTConfig
@@ -92,11 +93,13 @@ class Config:
 
     def to_dict(self): return asdict(self)
 
-
 EVA_G = dict(patch=14, width=1408, layers=39, heads=16, mlp=6144)
+
 CLIP_L = dict(image_size=336, patch=14, width=1024, layers=23, heads=16, mlp=4096, act="quick_gelu", eps=1e-5,
               patch_bias=False, pre_norm=True)
+
 LLAMA_13B = dict(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
+
 PRESETS = {      # functions, so that nobody changes a shared default
     "toy": lambda: Config(ViTConfig(64, 8, 128, 4, 4, 512),
                           LlamaConfig(640, 128, 4, 4, 4, 352, context=512), grid=4),
@@ -108,22 +111,18 @@ PRESETS = {      # functions, so that nobody changes a shared default
     "infmllm-13b": lambda: Config(ViTConfig(448, **EVA_G), LlamaConfig(**LLAMA_13B)),
 }
 
-
 def attend(q, k, v, mask=None, causal=False):
     """Softmax attention: q (B,H,T,hd), k and v (B,K,S,hd) -> (B,H,T,hd)."""
     gqa = q.shape[1] != k.shape[1]
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The vision tower
-
 class LayerNorm(nn.LayerNorm):
     """Statistics in fp32, output in the input's dtype: autocast would keep an fp32 copy of every activation."""
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
 
 class ViTBlock(nn.Module):
     """Pre-norm attention and MLP (EVA-CLIP in BLIP-2; CLIP). K has no bias: it would add one number to all scores of a
@@ -150,7 +149,6 @@ class ViTBlock(nn.Module):
         h = self.fc1(self.norm2(x))
         h = F.gelu(h) if self.act == "gelu" else F.silu(1.702 * h).div_(1.702)       # h * sigmoid(1.702 h)
         return x + self.fc2(h)
-
 
 class ViT(nn.Module):
     """(N,3,S,S) normalised pixels -> (N,1+s*s,Dv), CLS first. No norm at the end: the adapter brings its own."""
@@ -181,7 +179,6 @@ class ViT(nn.Module):
         self.positions = nn.Parameter(resize_positions(self.positions.detach(), self.config.side),
                                       requires_grad=self.positions.requires_grad)
 
-
 def resize_positions(positions, side):
     """(1+s*s, Dv) -> (1+side*side, Dv), for any two square grids."""
     old = math.isqrt(len(positions) - 1)
@@ -192,10 +189,8 @@ def resize_positions(positions, side):
     grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
     return torch.cat((wide[:1], grid.flatten(2)[0].T)).to(positions.dtype)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The language model
-
 class RMSNorm(nn.Module):
     def __init__(self, width, eps):
         super().__init__()
@@ -204,7 +199,6 @@ class RMSNorm(nn.Module):
     def forward(self, x):        # fp32 inside the kernel, the input's dtype outside; autocast would return fp32
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
-
 
 class Cache:
     """Keys and values of all layers in one allocation; `length` positions of every row are filled."""
@@ -221,7 +215,6 @@ class Cache:
         K.narrow(2, self.length, T).copy_(k)                 # a slice in brackets takes Python twice as long
         V.narrow(2, self.length, T).copy_(v)
         return K.narrow(2, 0, self.length + T), V.narrow(2, 0, self.length + T)
-
 
 class LlamaLayer(nn.Module):
     def __init__(self, c: LlamaConfig):
@@ -250,24 +243,20 @@ class LlamaLayer(nn.Module):
         h = self.mlp_norm(x)
         return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
-
 def rotate(x, cos, sin):
     """Rotary positions in Hugging Face's layout: dimension i turns with dimension i + hd/2, not with its neighbour."""
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, -1), sin)        # cos, sin: (T, hd) or (B, 1, T, hd)
-
 
 def places(start, T, pad, device):
     """Positions start ... start+T-1, (T,), or counted from each row's first real token, (B, 1, T)."""
     at = torch.arange(start, start + T, device=device)
     return at if pad is None else (at - pad[:, None, None]).clamp(min=0)
 
-
 def angles(at, frequencies, dtype):
     """cos and sin, (..., hd) each, at these positions; sin is negative in its first half."""
     angle = at[..., None] * frequencies                                              # (..., hd/2)
     angle = torch.cat((-angle, angle), dim=-1)
     return angle.cos().to(dtype), angle.sin().to(dtype)
-
 
 def frequencies(c: LlamaConfig, device):
     """Radians per position of each pair of dimensions, (hd/2,) fp32, under the scaling that the config names."""
@@ -283,7 +272,6 @@ def frequencies(c: LlamaConfig, device):
     keep = ((turns - low) / (high - low)).clamp(0, 1)          # 0: slow, slowed by factor; 1: fast, left alone
     return f * keep + f / factor * (1 - keep)
 
-
 class Branch(nn.Module):
     """What one workflow adds to a frozen LLM (IAA, arXiv 2408.12902): whole decoder layers, each running after a chosen
     layer of the base and replacing the hidden state, between an embedding, a norm, a head and a visual adapter of the
@@ -297,7 +285,6 @@ class Branch(nn.Module):
         self.norm = RMSNorm(c.width, c.eps)
         if not c.tied: self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
         self.adapter = adapter
-
 
 class Llama(nn.Module):
     """Tokens (B,T) or embeddings (B,T,D) -> hidden (B,T,D) after the final norm; `head` makes logits of them.
@@ -358,7 +345,6 @@ class Llama(nn.Module):
             self.rotary_base = frequencies(self.config, x.device)    # no buffer: .to(bf16) would round its positions
         return angles(places(start, T, pad, x.device), self.rotary_base, x.dtype)
 
-
 def attention_mask(start, T, pad, device):
     """True where a query may look; None where SDPA's own causal path (or no mask, for one token) says the same."""
     if pad is None and (start == 0 or T == 1): return None
@@ -368,12 +354,9 @@ def attention_mask(start, T, pad, device):
     # a query in the padding may look at itself, as a softmax over nothing is NaN; nobody looks at it
     return ((key <= query) & ((key >= pad[:, None, None, None]) | (key == query)))   # (B, 1, T, S)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
-
 CHUNK = 2 ** 23           # elements of a chunk of logits: 32 MB in fp32
-
 
 def summed_cross_entropy(head, hidden, targets, vocab):
     """Cross-entropy of head(hidden) (M,V) against targets (M,), summed in fp32 or wider, a few rows at a time.
@@ -390,12 +373,9 @@ def summed_cross_entropy(head, hidden, targets, vocab):
     chunks = zip(hidden.split(rows), targets.split(rows))
     return sum(checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in chunks)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The whole
-
 BRANCHES = "llm.branches."          # what the names of a branch's parameters begin with
-
 
 class InfMLLM(nn.Module):
     def __init__(self, config: Config):
@@ -500,9 +480,7 @@ class InfMLLM(nn.Module):
         for adapter in (self.adapter, *(b.adapter for b in self.llm.branches.values())): adapter.grid = self.config.grid
         return self
 
-
 TUNE = {1: "none", 2: "qv", 3: "full"}       # what of the LLM trains in a stage: alignment, multitask, instructions
-
 
 def trains(name, stage, tune=None, branch=None):
     """Whether the parameter of this name is trained: the adapter in every stage, the ViT in stage 2, and of the LLM
@@ -515,11 +493,9 @@ def trains(name, stage, tune=None, branch=None):
     if name.startswith(BRANCHES): return False
     return tune == "full" or tune == "qv" and name.endswith((".q.weight", ".v.weight"))
 
-
 def part_of(name):
     """vit, adapter or llm, for learning rates and tables; a branch's adapter is an adapter."""
     return "adapter" if name.startswith(BRANCHES) and ".adapter." in name else name.split(".")[0]
-
 
 @torch.no_grad()
 def init(model, seed=0):
@@ -542,10 +518,8 @@ def init(model, seed=0):
             p.copy_(torch.randn(p.shape, generator=rng) * std)
     return model
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # What it costs
-
 def flops(c: Config, text, supervised, stage=None, tune=None, branch=None):
     """FLOPs of one image-text pair by part: the forward pass, and with a stage also the gradients that it needs.
 
@@ -576,14 +550,11 @@ def flops(c: Config, text, supervised, stage=None, tune=None, branch=None):
     parts["head"] += head + (head if tune in ("full", "inner") else 0)
     return parts
 
-
 def every_layer(model):
     """All blocks and layers, a branch's too: what is compiled, sharded and counted one by one."""
     return [m for m in model.modules() if isinstance(m, (ViTBlock, LlamaLayer))]
 
-
 def count(module): return sum(p.numel() for p in module.parameters())
-
 
 def main():
     text, supervised = 64, 16
@@ -598,7 +569,6 @@ def main():
               f"{c.vit.side:>6}x{c.vit.side:<3}{c.visual_tokens:>12}{sum(cost):>12.1f}   "
               + " + ".join(f"{x:.1f}" for x in cost))
     print(f"forward: one image, {text} text tokens, {supervised} of them supervised; a multiply-add counts as two")
-
 
 if __name__ == "__main__":
     main()

@@ -19,6 +19,7 @@ and the weight's gradient is summed per program, then over programs, in a fixed 
 Names of dimensions: N images, s patches per side, P windows per side, D the ViT's width. An absent input or output is a
 null pointer, and the code that it would need is not compiled.
 """
+
 from functools import cache
 
 import torch
@@ -27,7 +28,6 @@ import triton.language as tl
 from torch import Tensor
 
 INTERPRETED = triton.knobs.runtime.interpret            # TRITON_INTERPRET=1: the kernels run in numpy, on CPU tensors
-
 
 @triton.jit
 def forward_kernel(
@@ -68,7 +68,6 @@ def forward_kernel(
     if w_ptr is not None: y *= tl.load(w_ptr + col, inside, other=0.0).to(tl.float32)
     if b_ptr is not None: y += tl.load(b_ptr + col, inside, other=0.0).to(tl.float32)
     tl.store(y_ptr + window.to(tl.int64)[:, None] * D + col, y, (window < windows)[:, None] & inside)
-
 
 @triton.jit
 def backward_kernel(
@@ -123,12 +122,10 @@ def backward_kernel(
     if dw_ptr is not None: tl.store(dw_ptr + out, dw, inside)
     if db_ptr is not None: tl.store(db_ptr + out, db * ROWS, inside)
 
-
 @cache
 def processors(device):
     """Streaming multiprocessors; two for the interpreter, so that its programs loop as a GPU's do."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 2
-
 
 def tiling(D):
     """A row of D takes BLOCK lanes, 16 a thread: two 16-byte loads of bf16, and room for every array in 128 registers.
@@ -136,27 +133,22 @@ def tiling(D):
     block = triton.next_power_of_2(D)
     return dict(D=D, BLOCK=block, STAGES=3 if block <= 8192 else 1, num_warps=min(16, max(1, block // 512)))
 
-
 def pointers(*tensors):
     assert all(t is None or t.is_cuda or INTERPRETED for t in tensors), \
         "the pooling kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is imported"
     return tensors
-
 
 def side(patches):
     s = round(patches ** 0.5)
     assert s * s == patches, f"{patches} patches do not form a square; the first token must be CLS"
     return s
 
-
 def reach(s, P):
     """The most patches along one side of a window; with s and P exchanged, the most windows over one patch."""
     return max(-(-(i + 1) * s // P) - i * s // P for i in range(P))
 
-
 # The two operators: torch.compile and the autograd engine see their names, shapes and gradients, and nothing inside.
 # An operator's outputs cannot be optional, so what was not wanted comes back empty.
-
 @torch.library.custom_op("infmllm::pool", mutates_args=())
 def pool_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, grid: int, eps: float, stats: bool
                  ) -> tuple[Tensor, Tensor, Tensor]:
@@ -173,14 +165,12 @@ def pool_forward(x: Tensor, weight: Tensor | None, bias: Tensor | None, grid: in
                 s=s, P=P, K=reach(s, P), ROWS=rows, **tiling(D))
     return y, mean, rstd
 
-
 @pool_forward.register_fake
 def _(x, weight, bias, grid, eps, stats):
     N, tokens, D = x.shape
     stats = stats and weight is not None
     mean, rstd = (x.new_empty(N if stats else 0, tokens - 1, dtype=torch.float32) for _ in range(2))
     return x.new_empty(N, grid * grid, D), mean, rstd
-
 
 @torch.library.custom_op("infmllm::pool_backward", mutates_args=())
 def pool_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, mean: Tensor, rstd: Tensor,
@@ -204,13 +194,11 @@ def pool_backward(dy: Tensor, x: Tensor | None, weight: Tensor | None, mean: Ten
                 s=s, P=P, G=G, V=reach(P, s), ROWS=rows, maxnreg=128, **shape)
     return dx, dw.sum(0), db.sum(0)
 
-
 @pool_backward.register_fake
 def _(dy, x, weight, mean, rstd, tokens, want_x, want_weight, want_bias):
     N, _, D = dy.shape
     dw, db = (dy.new_empty(D if want else 0, dtype=torch.float32) for want in (want_weight, want_bias))
     return dy.new_empty(N if want_x else 0, tokens, D), dw, db
-
 
 def keep(ctx, inputs, output):
     x, weight, bias, _, _, stats = inputs
@@ -220,7 +208,6 @@ def keep(ctx, inputs, output):
     ctx.mark_non_differentiable(mean, rstd)
     ctx.save_for_backward(*((x, weight, mean, rstd) if ctx.norm else (mean, rstd)))     # a plain mean needs no input
 
-
 def backward(ctx, dy, *_):
     x, weight, mean, rstd = ctx.saved_tensors if ctx.norm else (None, None, *ctx.saved_tensors)
     want = ctx.needs_input_grad[:3]
@@ -229,9 +216,7 @@ def backward(ctx, dy, *_):
     dtypes = (dy.dtype, *ctx.dtypes)
     return *(g.to(t) if w else None for g, w, t in zip(grads, want, dtypes)), None, None, None
 
-
 pool_forward.register_autograd(backward, setup_context=keep)
-
 
 def pool(x: Tensor, weight: Tensor | None, bias: Tensor | None, grid: int, eps: float = 1e-5) -> Tensor:
     """(N, 1+s*s, D), CLS first, to (N, P*P, D) in x's dtype: LayerNorm (none if weight is None), then window means."""

@@ -12,42 +12,32 @@ A call is answered by one branch. It sees the pictures; what is asked without on
 In a chat: /image FILE takes another picture, /reset forgets what was said, /box on draws the boxes that the model
 names, Ctrl-C stops an answer, Ctrl-D ends.
 """
+
 import argparse
 import json
 import os
 import re
 import signal
 import sys
-import textwrap
 from pathlib import Path
-
-if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C: at once, but in a chat's answer
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont
 from torch.nn import functional as F
 
-import checkpoint
-from data import (
-    HERE,
-    MARK,
-    TASKS,
-    WHOLE,
-    BadInput,
-    Tokenizer,
-    chat_turn,
-    clean,
-    encode_prompt,
-    format_box,
-    padded_region,
-    parse_box,
-    peek,
-    prompt,
-    to_square,
-    upright,
-)
+import weights
+from formats.pictures import WHOLE, padded_region, peek, to_square, upright
+from formats.records import clean
 from model import IMAGE, PRESETS, Cache
+from support.drawing import NAMED, check_target, draw_boxes, sheet, write_picture
+from support.errors import BadInput, complain
+from support.files import read_json
+from support.processes import on_signals
+from text.boxes import format_box, parse_box
+from text.templates import HERE, MARK, TASKS, chat_turn, prompt
+from text.tokenizer import Tokenizer, encode_prompt
+
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)     # Ctrl-C: at once, but in a chat's answer
 
 DECODING = {       # as released (captions: min 8); a box of ours takes up to 30 of LLaMA's pieces, hence some more room
     "caption": dict(beams=5, max_new_tokens=30, min_new_tokens=8),
@@ -56,14 +46,15 @@ DECODING = {       # as released (captions: min 8); a box of ours takes up to 30
     "region": dict(beams=5, max_new_tokens=30),
     "chat": dict(beams=1, max_new_tokens=1024),
 }
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-ROWS = 8           # pictures of a folder that are answered together
-ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+ROWS = 8           # pictures of a folder that are answered together
+
+ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Generation. Names of dimensions: B prompts, K beams, T tokens of the longest prompt, V vocabulary
-
 @torch.inference_mode()
 def generate_ids(model, images, tokens, image_index=None, max_new_tokens=64, min_new_tokens=0, eos=2, beams=1,
                  length_penalty=1.0, temperature=0.0, top_k=0, top_p=1.0, seed=0) -> list[list[int]]:
@@ -96,7 +87,6 @@ def generate_ids(model, images, tokens, image_index=None, max_new_tokens=64, min
         rows = torch.stack(new, 1).tolist() if new else [[] for _ in tokens]
     return [row[:row.index(eos)] if eos in row else row for row in rows]
 
-
 def prefix(model, images, tokens, image_index=None):
     """Embeddings of the prompts (B,T,D), padded on the left, and pad (B,): None where all are of one length."""
     device, longest = model.llm.embed.weight.device, max(map(len, tokens))
@@ -113,11 +103,9 @@ def prefix(model, images, tokens, image_index=None):
     pad = [longest - len(row) for row in tokens]
     return x, torch.tensor(pad, device=device) if any(pad) else None
 
-
 def next_logits(llm, cache, x, pad):
     """x (B,T,D) -> logits (B,V) of what follows the last position; the others' are not made."""
     return llm.head(llm(x, cache, pad)[:, -1]).float()
-
 
 def steps(llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
     """Yields the next token of every row, (B,), and takes it into the cache when asked for another."""
@@ -128,9 +116,7 @@ def steps(llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
         yield token
         x = F.embedding(token[:, None], llm.ends.embed.weight).to(x.dtype)           # (B, 1, D)
 
-
 def greedy(logits, n): return logits.argmax(-1)
-
 
 def sampler(temperature, top_k, top_p, seed, rows, length, device):
     seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
@@ -144,13 +130,11 @@ def sampler(temperature, top_k, top_p, seed, rows, length, device):
         return ids.gather(1, at.clamp(max=p.shape[1] - 1))[:, 0]
     return choose
 
-
 def probabilities(logits, top_k, top_p):
     """Of the top_k likeliest tokens, and of these the fewest that make up top_p: (B, k) falling, and their ids."""
     top, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))
     p = top.softmax(-1)
     return p.masked_fill(p.cumsum(-1) - p >= top_p, 0) if top_p < 1 else p, ids
-
 
 def beam_search(llm, x, pad, K, max_new_tokens, min_new_tokens, eos, length_penalty):
     """The best of K beams per prompt, as transformers' generate finds it with early_stopping=False.
@@ -197,31 +181,25 @@ def beam_search(llm, x, pad, K, max_new_tokens, min_new_tokens, eos, length_pena
         x = llm.ends.embed(tokens[:, :, -1]).to(x.dtype)                             # (B, K, D)
     return retired[:, 0].tolist()
 
-
 def take(x, which):
     """x (B,K,...) at which (B,k) of its second dimension."""
     return x.gather(1, which.view(*which.shape, *[1] * (x.dim() - 2)).expand(*which.shape, *x.shape[2:]))
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures and text in, text out
-
 def square(image, side, pad=False):
     """A picture as evaluation sees it, (3,S,S) uint8: squashed, or padded with the mean colour as in a chat."""
     return torch.from_numpy(to_square(image, side, padded_region(image.size) if pad else WHOLE).copy()).permute(2, 0, 1)
 
-
 def stack(squares, config):
     side = config.vit.image_size
     return torch.stack(squares) if squares else torch.zeros(0, 3, side, side, dtype=torch.uint8)
-
 
 def check_length(ids, config, what):
     """An error, not a cut: a prompt without its end asks something else."""
     if len(ids) < config.llm.context: return
     raise BadInput(f"{what} has {len(ids)} tokens ({ids.count(IMAGE)} of them pictures) and the model's context is "
                    f"{config.llm.context}; shorten it")
-
 
 def generate(model, tokenizer, images, prompts, pad=False, **settings) -> list[str]:
     """The answers to full templates with <ImageHere>. images: one entry a prompt, None, a PIL image or a list of them;
@@ -232,7 +210,6 @@ def generate(model, tokenizer, images, prompts, pad=False, **settings) -> list[s
     for pictures, text in zip(images, prompts, strict=True):
         assert text.count(HERE) == len(pictures), f"{text.count(HERE)} {HERE} in the prompt, {len(pictures)} images"
     return answer(model, tokenizer, images, tokens, pad, **settings)
-
 
 def answer(model, tokenizer, images, tokens, pad=False, **settings) -> list[str]:
     """The same for prompts in ids and lists of images; a conversation's past has ids that no text stands for."""
@@ -249,7 +226,6 @@ def answer(model, tokenizer, images, tokens, pad=False, **settings) -> list[str]
     pixels = stack([square(picture, config.vit.image_size, pad) for picture in different.values()], config)
     rows = generate_ids(model, pixels, tokens, index, eos=tokenizer.eos, **settings)
     return [tokenizer.decode(row[:config.llm.context - len(ids)]) for row, ids in zip(rows, tokens)]
-
 
 class Chat:
     """A conversation. What was said stays in the cache of keys and values; a turn computes only what is new."""
@@ -288,20 +264,17 @@ class Chat:
             shown = len(text)
         if text[shown:]: yield text[shown:]
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Models from wherever they come
-
 def newest(folder="out"):
     """The checkpoint that was written last in out/stage1, out/stage2, ..."""
     found = []
     for run in Path(folder).glob("stage*"):
-        try: found.append(checkpoint.find(run))
+        try: found.append(weights.find(run))
         except BadInput: continue                              # a run that has saved nothing yet
     if not found: raise BadInput(f"{folder}/: holds no trained model; python train.py --stage all makes one, "
                                  "or name one with --ckpt")
     return max(found, key=lambda path: (path / "config.json").stat().st_mtime)
-
 
 def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
     """(model, tokenizer) from our directory, a LLaVA-1.5 folder or the released InfMLLM file; the newest of out/.
@@ -311,14 +284,14 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
     path = Path(path) if path else newest()
     if path.name == "model.safetensors" and (path.parent / "config.json").is_file(): path = path.parent
     if path.is_file():
-        model, folder = checkpoint.load_infmllm(path, PRESETS["infmllm-7b"](), dtype), path.parent
-    elif (path / "config.json").is_file() and "model_type" in checkpoint.read_json(path / "config.json"):
-        if checkpoint.read_json(path / "config.json")["model_type"] == "IAA":
-            raise BadInput(f"{path}: {checkpoint.LLAMA_3}; checkpoint.load_iaa reads its weights")
-        model, folder = checkpoint.load_llava(path, dtype), path
+        model, folder = weights.load_infmllm(path, PRESETS["infmllm-7b"](), dtype), path.parent
+    elif (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):
+        if read_json(path / "config.json")["model_type"] == "IAA":
+            raise BadInput(f"{path}: {weights.LLAMA_3}; weights.load_iaa reads its weights")
+        model, folder = weights.load_llava(path, dtype), path
     else:
-        folder = checkpoint.find(path)
-        model = checkpoint.load(folder, dtype=dtype)
+        folder = weights.find(path)
+        model = weights.load(folder, dtype=dtype)
     if not tokenizer and not (folder / "tokenizer.model").is_file():
         raise BadInput(f"{folder}: has no tokenizer.model; name LLaMA's with --tokenizer")
     tokenizer = Tokenizer(tokenizer or folder)
@@ -328,97 +301,23 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
     if branch: take_branch(model, branch, dtype)
     return model.to(device).eval(), tokenizer
 
-
 def take_branch(model, branch, dtype=None):
     """The branch that answers: one that the model has, one that is saved in a folder, or none, the base alone."""
     has = model.llm.branches
     if branch == "none": model.use(None)
     elif branch in has: model.use(branch)
-    elif Path(branch).exists(): checkpoint.add_branch(model, branch, dtype)
+    elif Path(branch).exists(): weights.add_branch(model, branch, dtype)
     else:
         raise BadInput(f"--branch {branch}: is neither a folder nor a branch of the model, which has "
                        f"{', '.join(has) or 'none'}; name a branch's folder")
-
 
 def open_image(path):
     if not os.path.exists(path): raise BadInput(f"{path}: no such image; check the name")
     if os.path.isdir(path): raise BadInput(f"{path}: is a folder, not an image; name a file")
     return upright(peek((str(path), 0, -1), "what you named")[0])
 
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Drawing
-
-RIGHT, WRONG, TRUE, NAMED = (34, 197, 94), (239, 68, 68), (56, 189, 248), (250, 204, 21)
-CELL, COLUMNS, LINES = 256, 4, 8       # pixels per picture of a contact sheet, pictures a row, lines of text under each
-
-
-def draw_boxes(image, boxes, side=448):
-    """The picture with (box in fractions, label, colour) each, enlarged if it is small. Lines have a dark rim and
-    labels a ground of their own, so that both are seen on anything."""
-    grow = max(1, side / min(image.size))
-    image = image.convert("RGB").resize([round(v * grow) for v in image.size], Image.Resampling.BICUBIC)
-    (w, h), pen = image.size, ImageDraw.Draw(image)
-    width, font = max(2, min(w, h) // 150), ImageFont.load_default(max(12, min(w, h) // 26))
-    for box, _, colour in boxes:
-        x1, y1, x2, y2 = box[0] * w, box[1] * h, max(box[0], box[2]) * w, max(box[1], box[3]) * h
-        pen.rectangle((x1 - width // 2 - 1, y1 - width // 2 - 1, x2 + width // 2 + 1, y2 + width // 2 + 1),
-                      outline=(0, 0, 0), width=width + 2)
-        pen.rectangle((x1 - width // 2, y1 - width // 2, x2 + width // 2, y2 + width // 2), outline=colour, width=width)
-    taken = []                                                 # (left, top, right) of the labels so far
-    for box, label, colour in boxes:                           # after all lines: no line crosses a label
-        while pen.textlength(label, font) > w - 8 and len(label) > 4: label = label[:-4].rstrip() + "..."
-        _, _, right, bottom = pen.textbbox((0, 0), label, font)
-        x, tall = min(max(0, box[0] * w), w - right - 8), bottom + 6
-        up, down = box[1] * h, box[3] * h                      # above it, below it, or inside: where there is room
-        free = [y for y in (up - tall - width, down + width + 1, down - tall - width, up + width + 1)
-                if 0 <= y <= h - tall and not any(x < r and left < x + right + 8 and abs(y - top) < tall
-                                                  for left, top, r in taken)]
-        y = free[0] if free else max(0, min(down, h - tall))
-        taken.append((x, y, x + right + 8))
-        dark = sum(c * k for c, k in zip(colour, (0.3, 0.59, 0.11))) < 140
-        pen.rectangle((x, y, x + right + 8, y + tall), fill=colour, outline=(0, 0, 0))
-        pen.text((x + 4, y + 2), label, fill=(255, 255, 255) if dark else (0, 0, 0), font=font)
-    return image
-
-
-def sheet(cells, path):
-    """A contact sheet of (image, boxes, text, colour): pictures in a grid, their text below, a bar of that colour."""
-    font = ImageFont.load_default(14)
-    columns, line = min(COLUMNS, len(cells)), 18
-    texts = [[part for row in text.split("\n") for part in textwrap.wrap(row, 34)][:LINES] for _, _, text, _ in cells]
-    tops = [8]                                                 # of the rows, each as tall as its longest text
-    for i in range(0, len(cells), columns):
-        tops.append(tops[-1] + CELL + 16 + line * max(map(len, texts[i:i + columns])))
-    page = Image.new("RGB", (columns * (CELL + 8) + 8, tops[-1]), "white")
-    pen = ImageDraw.Draw(page)
-    for i, ((image, boxes, _, colour), lines) in enumerate(zip(cells, texts)):
-        x, y = 8 + i % columns * (CELL + 8), tops[i // columns]
-        small = [max(1, round(v * CELL / max(image.size))) for v in image.size]
-        picture = draw_boxes(image.convert("RGB").resize(small, Image.Resampling.BICUBIC), boxes, side=1)
-        page.paste(picture, (x + (CELL - picture.width) // 2, y + (CELL - picture.height) // 2))
-        pen.rectangle((x, y + CELL + 1, x + CELL - 1, y + CELL + 4), fill=colour)
-        for n, text in enumerate(lines): pen.text((x, y + CELL + 7 + n * line), text, fill=(20, 20, 20), font=font)
-    write_picture(page, path)
-
-
-def check_target(path):
-    """What can be said about a picture that is to be written before any work is done for it."""
-    known = Path(path).suffix.lower() in Image.registered_extensions()
-    why = None if known else "unknown ending" if Path(path).suffix else "no ending"
-    if not Path(path).parent.is_dir(): why = f"there is no folder {Path(path).parent}"
-    if why: raise BadInput(f"{path}: cannot be written ({why}); name a .png in a folder that exists")
-
-
-def write_picture(image, path):
-    try: image.save(path)
-    except (OSError, ValueError) as e:
-        raise BadInput(f"{path}: cannot be written ({e}); name a .png in a folder that exists") from e
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Command line
-
 def question(args, mark):
     """The template that --task and --prompt make."""
     task, text = args.task, clean(args.prompt or "", "--prompt").strip()
@@ -432,7 +331,6 @@ def question(args, mark):
     if task == "chat": return prompt("chat", text, mark if args.image else "")
     return prompt(task, text).replace(MARK, mark)
 
-
 def settings(args):
     """Decoding of the task, with what the command line says instead."""
     chosen = dict(DECODING[args.task], temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
@@ -442,7 +340,6 @@ def settings(args):
     if not args.ckpt and args.min_new_tokens is None: chosen["min_new_tokens"] = 0     # the toy's captions are short
     chosen["min_new_tokens"] = min(chosen.get("min_new_tokens", 0), chosen["max_new_tokens"])
     return chosen
-
 
 def answer_all(model, tokenizer, args):
     """One answer a picture: printed, as a line of JSON if asked, and drawn at the end."""
@@ -468,11 +365,10 @@ def answer_all(model, tokenizer, args):
     else: sheet([(image, boxes, f"{Path(p).name}: {said}" if folder else said, colour)
                  for p, (image, boxes, said, colour) in zip(paths, cells)], args.save)
 
-
 def reply(talk, line, chosen):
     """Stream one answer; Ctrl-C ends it and not the talk. No exception, as libraries in C lose some of them."""
     said, enough = "", []
-    with checkpoint.on_signals(enough.append, [signal.SIGINT]):
+    with on_signals(enough.append, [signal.SIGINT]):
         for piece in talk.ask(line, **chosen):
             said += piece
             print(piece, end="", flush=True)
@@ -480,13 +376,11 @@ def reply(talk, line, chosen):
     print(flush=True)
     return said
 
-
 def ask(mark):
     """The next line; Ctrl-C and Ctrl-D raise."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     try: return input(mark).strip()
     finally: signal.signal(signal.SIGINT, before)
-
 
 def chat(model, tokenizer, args):
     """Questions from the terminal, or from a pipe, until there are no more."""
@@ -513,7 +407,6 @@ def chat(model, tokenizer, args):
                 print(f"[{save}: the box in pixels is {[round(v * s, 1) for v, s in zip(box, image.size * 2)]}]")
         except BadInput as e: print(e, flush=True)
 
-
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -538,7 +431,6 @@ def parse(argv=None):
     check(args)
     return args
 
-
 def check(args):
     """What contradicts itself or cannot be."""
     if args.task != "chat" and not args.image: raise BadInput(f"--task {args.task} needs --image; name a picture")
@@ -561,14 +453,12 @@ def check(args):
     if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
         raise BadInput(f"--device {args.device}: torch finds no GPU; use --device cpu")
 
-
 def main(argv=None):
     args = parse(argv)
     if args.prompt is not None or args.task != "chat": question(args, MARK)      # before the model is read
     model, tokenizer = load_model(args.ckpt, args.tokenizer, args.device, args.dtype, args.branch)
     if args.task == "chat" and args.prompt is None: chat(model, tokenizer, args)
     else: answer_all(model, tokenizer, args)
-
 
 def run(main):
     """main() as a command: what a user brought wrong is one sentence and exit code 2."""
@@ -578,15 +468,13 @@ def run(main):
     except KeyboardInterrupt: return 130
     except BrokenPipeError: mute()                             # the reader has gone
     except (BadInput, OSError, RuntimeError) as e:
-        code = checkpoint.complain(e)
+        code = complain(e)
         if not isinstance(e, BadInput): mute()
         return code
     return 0
 
-
 def mute():
     """What is still to be flushed goes nowhere, and nothing is said of it."""
     if sys.stdout: os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
 
 if __name__ == "__main__": sys.exit(run(main))

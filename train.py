@@ -4,7 +4,7 @@
     python train.py --stage all                   # the three stages in a row, each from the one before
     python train.py --stage 2 --resume            # the run in out/stage2 goes on, exactly
     python train.py --stage 3 --preset infmllm-7b --gpus 8x80 --shard --plan        # what it would take; trains nothing
-    torchrun --nproc_per_node 8 train.py --stage 1 --preset infmllm-7b --vit eva_vit_g.pth --llm vicuna-7b-v1.5/ \\
+    torchrun --nproc_per_node 8 train.py --stage 1 --preset infmllm-7b --vit eva_vit_g.pth --llm vicuna-7b-v1.5/ \
         --data recipes/stage1.toml
     python train.py --stage 2 --tune inner --branch mm --out out/mm      # inner adaptors; the LLM stays as it is
     python train.py --plot out/stage1             # the loss curve
@@ -12,42 +12,55 @@
 What trains in which stage says model.trains(); with what, the table below. A run writes to out/stageN: checkpoints
 step-00000100/, log.jsonl (a record a logged step) and loss.png.
 """
+
 import argparse
 import gc
 import json
 import math
-import multiprocessing
 import os
 import shutil
 import signal
 import sys
 import time
 import zlib
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import timedelta
 from pathlib import Path
 
-if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)              # no traceback out of an import
-
 import torch
 import torch.distributed as dist
+from report import peak_memory
 from safetensors import SafetensorError
 
-import checkpoint
 import model as models
+import weights
 from adapter import pool_path
-from data import BUCKET, BadInput, Data, Tokenizer, load_mixture
-from report import (
-    GIB, PARTS, Log, arithmetic, counted, describe, evaluate, examples, final_scores, measured_time, peak_flops,
-    peak_memory, plot, total_memory, tuning,
+from data import BUCKET, Data, collate
+from formats.mixture import load_mixture
+from support import metrics
+from support.errors import BadInput, complain
+from support.log import Log, measured_time, plot, stage_table
+from support.plan import GIB, PARTS, arithmetic, counted, describe, peak_flops, total_memory, tuning
+from support.processes import at_once, end_loaders, on_signals
+from support.ranks import Ranks, setup_ranks
+from support.start import (
+    base_of,
+    build,
+    described,
+    find_tokenizer,
+    inner_layers,
+    out_folder,
+    start_from,
 )
-from start import base_of, build, described, find_tokenizer, inner_layers, out_folder, start_from
+from text.boxes import parse_box
+from text.templates import TASKS
+from text.tokenizer import Tokenizer
 
+if __name__ == "__main__": signal.signal(signal.SIGINT, signal.SIG_DFL)              # no traceback out of an import
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The stages. [published] stands in the paper or the released code, [LLaVA-1.5] in theirs; the rest is our choice.
-
 @dataclass(frozen=True)
 class Stage:
     steps: int                    # updates
@@ -62,12 +75,12 @@ class Stage:
     text: int = 64                # text tokens of a typical row and ...
     answer: int = 16              # ... how many of them are supervised: for --plan, where no data is named
 
-
 TOY = {
     1: Stage(300, 64, 64, {"adapter": 5e-3}, None, None),
     2: Stage(1000, 64, 64, {"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3}, None, None, weight_decay=0.01),
     3: Stage(400, 64, 64, {"adapter": 3e-4, "llm": 3e-4}, None, None, weight_decay=0.01, text=160, answer=48),
 }
+
 PAPER = {
     # batch 1024, 224 px, alignment on web-scale pairs [published]; a projector's 1e-3 [LLaVA-1.5]
     1: Stage(60000, 1024, 8, {"adapter": 1e-3}, 224, 16, text=32, answer=24),
@@ -76,23 +89,26 @@ PAPER = {
     # 448 px, 256 visual tokens, LLaVA's 665k conversations [published]; batch 128, 2e-5, one epoch [LLaVA-1.5]
     3: Stage(5197, 128, 16, {"adapter": 2e-5, "llm": 2e-5}, 448, 16, recompute=True, text=448, answer=192),
 }
+
 STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
+
 OTHERS = {n: replace(s, image_size=None, grid=None) for n, s in PAPER.items()}       # small, llava-7b: their own sizes
 
 BETAS, EPS = (0.9, 0.95), 1e-8    # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
-MOMENTS = ("exp_avg", "exp_avg_sq")    # what AdamW keeps of every parameter
-CLIP = 1.0                        # the gradient's global norm is cut to this
-PATIENCE = 3                      # updates in a row without a finite gradient, after which the run stops
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
+MOMENTS = ("exp_avg", "exp_avg_sq")    # what AdamW keeps of every parameter
+
+CLIP = 1.0                        # the gradient's global norm is cut to this
+
+PATIENCE = 3                      # updates in a row without a finite gradient, after which the run stops
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Flags
-
 class Parser(argparse.ArgumentParser):
     def error(self, message):
         self.exit(2, f"train.py: {message}; python train.py --help lists the flags\n")
-
 
 def rates(text):
     """'1e-3' for every part, or 'adapter=1e-3,llm=2e-5' for those named."""
@@ -102,7 +118,6 @@ def rates(text):
     if not all(0 <= x < math.inf for x in lr.values()): raise ValueError
     return lr
 
-
 def between(kind, low, high=math.inf):
     def number(text):
         if not low <= (value := kind(text)) <= high: raise ValueError
@@ -110,23 +125,19 @@ def between(kind, low, high=math.inf):
     number.__name__ = f"number from {low}" + (f" to {high}" if high < math.inf else "")
     return number
 
-
 def numbers(text): return sorted({int(n) for n in text.split(",")})
-
 
 def word(text):
     if not text.isidentifier(): raise ValueError
     return text
 
-
 def gpus(text):
     count, _, size = text.lower().partition("x")
     return between(int, 1)(count), between(float, 1)(size)
 
-
 rates.__name__, gpus.__name__ = "learning rate (1e-3, or adapter=1e-3,llm=2e-5)", "number x GiB (8x80)"
-numbers.__name__ = "list of layers (0,1,5,6)"
 
+numbers.__name__ = "list of layers (0,1,5,6)"
 
 def flags():
     p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -180,10 +191,8 @@ def flags():
     add("--plot", metavar="DIR", help="draw DIR/loss.png from DIR/log.jsonl, and do nothing else")
     return p
 
-
 LASTING = ("preset", "data", "steps", "batch", "lr", "warmup", "weight_decay", "image_size", "grid", "adapter", "seed",
            "dtype", "tune", "branch", "inner_layers")    # what makes a run this run: resuming takes no others
-
 
 def settle(args, stage, world, stored=None, preset=None):
     """Flags over stored settings over the stage's row of the table, as one flat dictionary, checked."""
@@ -217,20 +226,17 @@ def settle(args, stage, world, stored=None, preset=None):
     s["rows"] = s["batch"] // (world * s["accum"])
     return s
 
-
 def peaks(table, stage, tune):
     """The table's learning rates for what trains; where its own stage leaves the LLM alone, stage 3's for that."""
     lr = {"llm": table[3].lr["llm"]} | table[stage].lr
     frozen = {"none": ("llm",), "inner": ("vit",)}.get(tune, ())
     return {part: lr[part] for part in PARTS if part in lr and part not in frozen}
 
-
 def merged_rates(given, row, stage):
     if "" in given: return dict.fromkeys(row, given[""])
     for part in given:
         if part not in row: raise BadInput(f"--lr {part}=...: stage {stage} keeps the {part} frozen; leave it out")
     return row | given
-
 
 def contradictions(args):
     """Flags that cannot both be meant."""
@@ -240,25 +246,6 @@ def contradictions(args):
     if args.device == "cuda" and not torch.cuda.is_available():
         raise BadInput("--device cuda: this machine shows torch no GPU; leave it out to train on the CPU")
     if args.stage == "all" and args.data: raise BadInput("--data is one stage's; run --stage 1, 2 and 3 one by one")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Onto the device: precision and parallelism
-
-@dataclass
-class Ranks:
-    rank: int
-    world: int
-    device: torch.device
-    host: object                  # a process group of the hosts, for small numbers that no device should wait for
-
-    def agree(self, *numbers):
-        """Sums over the ranks of whole numbers that the hosts know."""
-        if self.world == 1: return list(numbers)
-        t = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(t, group=self.host)
-        return t.tolist()
-
 
 @dataclass
 class Run:
@@ -290,7 +277,6 @@ class Run:
         # no cache: it would keep a bf16 copy of every trained weight until the forward pass ends
         return torch.autocast(self.device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=False)
 
-
 def cast(module, dtype, keep, device="cpu", prefix=""):
     """Masters of what trains in fp32, what is frozen in the dtype of the arithmetic. What loses bits goes to `keep`."""
     master, finite = torch.promote_types(dtype, torch.float32), {}
@@ -302,7 +288,6 @@ def cast(module, dtype, keep, device="cpu", prefix=""):
         finite[name] = torch.isfinite(p).all()
     for name, ok in finite.items():
         if not ok: raise BadInput(f"{name}: the weights to start from are not finite; take others")
-
 
 def place(run):
     """Cast, move, and set up DDP or sharding."""
@@ -317,7 +302,6 @@ def place(run):
     cast(m, run.dtype, run.originals, run.device)
     if run.world > 1: run.net = torch.nn.parallel.DistributedDataParallel(m, gradient_as_bucket_view=True)
 
-
 def shard(run):
     """A group per ViT block and LLM layer, and one for the rest. Moves a layer at a time: no device holds them all."""
     from torch.distributed.device_mesh import init_device_mesh
@@ -330,12 +314,10 @@ def shard(run):
         cast(module, run.dtype, run.originals, prefix=names[module])
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
-
 def whole(p):
     """A tensor in one piece on the CPU; of a sharded one every rank must ask for it."""
     p = p.detach()
     return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu()
-
 
 def same_everywhere(run):
     """A rank that was started with other flags or sees other data would train something that nobody asked for."""
@@ -344,16 +326,13 @@ def same_everywhere(run):
     if run.agree(digest)[0] != digest * run.world:
         raise BadInput(f"rank {run.rank} of {run.world}: the ranks differ in flags or data; start all with the same")
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # One update
-
 def learning_rate(s, step):
     """Share of the peak: a linear rise, then a cosine to zero."""
     rise = max(1, round(s["warmup"] * s["steps"]))
     if step < rise: return (step + 1) / rise
     return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, s["steps"] - rise)))
-
 
 def make_optimizer(run):
     """A group per part, matrices apart from what must not decay."""
@@ -371,7 +350,6 @@ def make_optimizer(run):
     run.meters = {name: torch.zeros((), dtype=torch.float64, device=run.device)
                   for name in ("loss", "tokens", "norm", "skipped", "row", "worst")}
 
-
 def gradients(run, batches, supervised):
     """Those of sum(loss) / sum(supervised tokens), sums over all ranks and micro-batches. -> this rank's sum(loss)"""
     total = torch.zeros((), dtype=torch.float64, device=run.device)
@@ -385,7 +363,6 @@ def gradients(run, batches, supervised):
             (loss * (run.world / supervised)).backward()           # both DDP and fully_shard average over ranks
         total += loss.detach()
     return total
-
 
 def update(run, batches, supervised):
     """One step of the optimizer. Nothing in here waits for the device."""
@@ -408,17 +385,14 @@ def update(run, batches, supervised):
     m["worst"] = torch.maximum(m["worst"], m["row"])
     run.step += 1
 
-
 def read_meters(run):
     """The device's counters as numbers: waits for it. Loss and tokens begin anew."""
     values = dict(zip(run.meters, torch.stack(list(run.meters.values())).tolist()))
     run.meters["loss"].zero_(), run.meters["tokens"].zero_()
     return values
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints
-
 def save(run):
     """Write out/stageN/step-K and drop what is older than the last --keep. Every rank takes part, rank 0 writes."""
     path = run.out / f"step-{run.step:08d}"
@@ -440,7 +414,7 @@ def save(run):
              "digest": run.data.digest, "bad": run.bad}
     training = {k: run.s[k] for k in ("stage", *LASTING)} | {"step": run.step}
     try:
-        checkpoint.save(path, (run.model.config, tensors), run.tokenizer, training,
+        weights.save(path, (run.model.config, tensors), run.tokenizer, training,
                         optimizer | {"steps": next(iter(run.optimizer.state.values()))["step"]}, state, run.base)
         prune(run.out, run.args.keep)
     except (OSError, SafetensorError) as e:
@@ -449,16 +423,13 @@ def save(run):
                        "make room and --resume") from None
     return path
 
-
 def whole_one(out):
     steps = sorted(p.name for p in out.glob("step-*") if p.name[5:].isdigit())
     return f"the last whole one is {out / steps[-1]}" if steps else "there is none before it"
 
-
 def prune(out, keep):
     steps = sorted(p for p in out.glob("step-*") if p.name[5:].isdigit())
     for old in [*steps[:-keep], *out.glob("step-*.new")]: shutil.rmtree(old, True)   # .new: a save that was killed
-
 
 def restore(run, path, state):
     """Optimizer, counters and place in the data, so that the run goes on as if it had not stopped."""
@@ -468,7 +439,7 @@ def restore(run, path, state):
     if (state["counts"], state.get("digest", run.data.digest)) != (run.data.counts, run.data.digest):
         raise BadInput(f"{run.s['data']}: the data have changed since {path} ({state['counts']}, now {run.data.counts} "
                        f"or other texts); bring the old ones back, or start a new run with --init {path}")
-    stored = checkpoint.load_tensors(path / "optimizer.safetensors")
+    stored = weights.load_tensors(path / "optimizer.safetensors")
     slots = {f"{name}.{key}": run.optimizer.state[p][key] for name, p in run.model.named_parameters()
              if p.requires_grad for key in MOMENTS}
     if odd := sorted(set(stored) ^ {"steps", *slots}):
@@ -476,17 +447,14 @@ def restore(run, path, state):
     for key, slot in slots.items(): slot.copy_(like(slot, stored[key]))
     for state in run.optimizer.state.values(): state["step"].copy_(stored["steps"])
 
-
 def like(p, full):
     """A whole tensor, placed and sharded as p is."""
     if not hasattr(p, "full_tensor"): return full.to(p.device)
     from torch.distributed.tensor import distribute_tensor
     return distribute_tensor(full.to(p.device), p.device_mesh, p.placements)
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop, and what a person sees of it
-
 def train(run, asked):
     """Updates until --steps, or until one of the ranks is asked to leave. -> whether all were done"""
     s, args = run.s, run.args
@@ -524,7 +492,6 @@ def train(run, asked):
     if run.rank == 0: print(f"memory of a rank at its peak, measured: {peak_memory(run.device) / GIB:.2f} GiB")
     return run.step == s["steps"]
 
-
 def check(run, batches, supervised, bad):
     """Name what could not be read, and stop where there is too much of it or nothing to learn."""
     s, seen, run.bad = run.s, run.s["batch"] * (run.step + 1), bad
@@ -538,7 +505,6 @@ def check(run, batches, supervised, bad):
         raise BadInput(f"{s['data']}: no token of step {run.step}'s batch is supervised, so there is nothing to learn; "
                        "look at its answers, or shorten its prompts")
 
-
 def progress(run, log, peak):
     """The only place of the loop that waits for the device."""
     meters = read_meters(run)
@@ -547,7 +513,6 @@ def progress(run, log, peak):
     if meters["worst"] >= PATIENCE:
         raise BadInput(f"step {run.step}: {PATIENCE} updates in a row had no finite gradient and were skipped; "
                        f"lower --lr or look at the data; the last good checkpoint is in {run.out}")
-
 
 def show(run, log):
     """Held-out loss of every source, and one example of each, written by the model as it is now."""
@@ -560,10 +525,8 @@ def show(run, log):
     for line in lines: log.say(line)
     log.since += time.perf_counter() - began                        # this is not training's time
 
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Start to end
-
 def open_data(run):
     """The mixtures of a run; the toy world is drawn where it is wanted and not there."""
     s, args, c = run.s, run.args, run.model.config
@@ -580,25 +543,24 @@ def open_data(run):
     held = args.eval_data or Path(s["data"]).with_name("heldout.toml")
     if args.eval_data or Path(held).exists(): run.held_out = Data(held, run.tokenizer, train=False, **common)
 
-
 def prepare(args, stage, ranks):
     """A Run that is ready to train, or None where it is finished already."""
     out, path, state = out_folder(args, stage), None, {}
-    try: path = checkpoint.find(out)
+    try: path = weights.find(out)
     except BadInput:
         if args.resume and ranks.rank == 0: print(f"{out}: no checkpoint yet, so the run starts from the beginning")
     if path and not args.resume:
         raise BadInput(f"{out}: holds a run ({path.name}); --resume goes on with it, --out names another folder")
-    if path: state = checkpoint.read_checked(path, "state.json")
+    if path: state = weights.read_checked(path, "state.json")
     start, why = (path, "resumed; --init, --vit and --llm are for new runs") if path else start_from(args, stage)
-    before = checkpoint.read_checked(start, "config.json").get("training") or {} if start else {}
+    before = weights.read_checked(start, "config.json").get("training") or {} if start else {}
     s = settle(args, stage, ranks.world, state.get("settings"), before.get("preset"))
     s["dtype"] = s["dtype"] or ("bf16" if ranks.device.type == "cuda" else "fp32")
     if state and state["step"] >= s["steps"]:
         if ranks.rank == 0: print(f"{out}: all {s['steps']} steps are done")
         return None
     if start and ranks.rank == 0: print(f"stage {stage} starts from {start} ({why})")
-    model, names = (checkpoint.load(path), dict.fromkeys(PARTS, path)) if path else build(args, s, start)
+    model, names = (weights.load(path), dict.fromkeys(PARTS, path)) if path else build(args, s, start)
     run = Run(s, args, out, ranks, model, step=state.get("step", 0))
     run.tokenizer = Tokenizer(path) if path else find_tokenizer(args, start)
     if run.tokenizer.size > model.config.llm.vocab:
@@ -620,7 +582,6 @@ def prepare(args, stage, ranks):
     if path: restore(run, path, state)
     return run
 
-
 def plan(args):
     """Everything that would happen, from the architecture alone: no weights, no GPU, no training."""
     world, room = args.gpus or (int(os.environ.get("WORLD_SIZE", 1)), None)
@@ -628,7 +589,7 @@ def plan(args):
     for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
         try: start = start_from(args, stage)[0]
         except BadInput: start = None                              # not there yet: the preset says what it would be
-        described_by = checkpoint.read_checked(start, "config.json") if start else {}
+        described_by = weights.read_checked(start, "config.json") if start else {}
         s = settle(args, stage, world, preset=described_by.get("training", {}).get("preset"))
         s["dtype"] = s["dtype"] or ("bf16" if cuda else "fp32")
         like = models.Config(**described_by["model"]) if described_by else models.PRESETS[s["preset"]]()
@@ -651,14 +612,13 @@ def plan(args):
         flops = s["batch"] * sum(models.flops(c, s["text"], s["answer"], *tuning(s)).values())
         print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; " + measured_time(out_folder(args, stage), s["steps"]))
 
-
 def command(argv):
     args = flags().parse_args(argv)
     if args.plot: return plot(args.plot)
     if not args.stage: raise BadInput("--stage: name 1, 2, 3 or all")
     contradictions(args)
     if args.plan: return plan(args)
-    rank, world, device = checkpoint.setup_ranks(args.device, args.timeout)
+    rank, world, device = setup_ranks(args.device, args.timeout)
     many = world > 1 and device.type == "cuda"
     host = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout)) if many else None
     if args.workers is None: args.workers = 8 if device.type == "cuda" else 1
@@ -667,7 +627,7 @@ def command(argv):
         args.init = args.vit = args.llm = None                     # with --stage all: where the first one starts
         if run is None: continue
         asked = []                                                 # signals that want us to save and leave
-        with checkpoint.on_signals(asked.append): done = train(run, asked)
+        with on_signals(asked.append): done = train(run, asked)
         if rank == 0: farewell(run, done)
         exam = run.out, run.held_out and run.held_out.sources[0].toml, args.score_rows
         run = None                                                 # makes room for the model that is examined
@@ -677,33 +637,16 @@ def command(argv):
         gc.collect()       # DDP goes first: were it the last to hold the group, freeing it could wait for gloo for ever
         dist.destroy_process_group()
 
-
-def end_loaders():
-    """At once: they pass by the SIGTERM that Python sends at its end, after which it would wait for them for ever. What
-    torch says of a loader that was killed is not wanted here."""
-    if hasattr(signal, "SIGCHLD"): signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-    for child in multiprocessing.active_children(): child.kill()
-
-
-def at_once(number):
-    """A signal while no step is under way: nothing is to be saved. No exception, as C libraries lose some of them."""
-    end_loaders()
-    os.write(2, b"train.py: stopped while no step was under way; --resume goes on\n")
-    with suppress(RuntimeError): sys.stdout.flush()                # the signal may have come in the midst of a print
-    os._exit(130)
-
-
 def main(argv=None):
     try:
         try:
-            with checkpoint.on_signals(at_once): command(argv)
+            with on_signals(at_once): command(argv)
             sys.stdout.flush()
-        except (BadInput, OSError, RuntimeError) as e: return checkpoint.complain(e, "train.py")
+        except (BadInput, OSError, RuntimeError) as e: return complain(e, "train.py")
     except BaseException:                                          # a bug: its traceback would keep the loaders alive
         end_loaders()
         raise
     return 0
-
 
 def farewell(run, done):
     """The loss curve, and the next command to type."""
@@ -717,6 +660,65 @@ def farewell(run, done):
     elif run.args.stage != "all":
         named = f" --init {out} --out {out.with_name(f'stage{stage + 1}')}" if named else ""
         print(f"next: python train.py --stage {stage + 1}{tuned}{named}" + " --data MIXTURE.toml" * bool(run.args.data))
+
+
+
+
+def ordered(data, source, limit, run):
+    """The first `limit` samples of a source as this rank's batches: as many on every rank, which sharding needs."""
+    count, step = min(limit, len(source)), run.s["rows"] * run.world
+    for start in range(0, count, step):
+        numbers = range(start + run.rank, min(start + step, count), run.world)
+        samples = [data.sample(source, n, 0) for n in numbers or [0]]
+        batch = collate(samples, data.tokenizer.pad, data.visual, data.image_size)
+        if numbers: yield batch
+        else: yield replace(batch, target_at=torch.full_like(batch.target_at, -1), supervised=0)
+
+@torch.no_grad()
+def evaluate(run):
+    """{source: held-out loss per supervised token}, summed over the ranks before it is divided."""
+    sources = run.held_out.sources
+    sums = torch.zeros(2, len(sources), dtype=torch.float64, device=run.device)
+    for i, source in enumerate(sources):
+        for batch in ordered(run.held_out, source, run.args.eval_rows, run):
+            batch = batch.to(run.device, non_blocking=True)
+            with run.autocast():
+                sums[0, i] += run.model(batch.images, batch.tokens, batch.targets, batch.image_at, batch.target_at)
+            sums[1, i] += batch.supervised
+    if run.world > 1: dist.all_reduce(sums)
+    return {source.name: loss / max(tokens, 1) for source, loss, tokens in zip(sources, *sums.tolist())}
+
+@torch.no_grad()
+def examples(run):
+    """A held-out sample of each source with the model's own answer. A sharded model needs every rank to take part."""
+    from sample import generate
+    if run.args.shard: run.model.unshard()
+    elif run.rank: return []
+    lines = []
+    for source in run.held_out.sources:
+        item = next(run.held_out.samples(source.name))
+        with run.autocast():
+            said = generate(run.model, run.tokenizer, [item.images], [item.prompt], TASKS[item.task].pad,
+                            max_new_tokens=48)[0]
+        wanted = item.turns[0][1]
+        asked = item.prompt.split(run.model.config.image_mark)[-1].strip()[-60:]
+        line = f"  {source.name}: {asked!r} -> {said!r}" + f", not {wanted!r}" * (said != wanted)
+        box = parse_box(wanted)
+        lines.append(line + (f" (IoU {metrics.iou(parse_box(said), box):.2f})" if box else ""))
+    if run.args.shard: run.model.reshard()
+    return lines
+
+def final_scores(out, mixture, rows):
+    """What evaluate.py says of a finished run, with its contact sheet, and a column for every stage beside it."""
+    import evaluate as evaluation
+    shutil.rmtree(out / "evaluation", ignore_errors=True)
+    argv = ["--ckpt", str(out), "--data", str(mixture), "--limit", str(rows), "--beams", "1", "--min-new-tokens", "0",
+            "--batch", "50", "--out", str(out / "evaluation"), "--sheet", str(out / "sheet.png")]
+    print("python evaluate.py", *argv)
+    try: evaluation.examine(evaluation.parse(argv))
+    except BadInput as e: return print(f"not scored: {e}")         # the run is done and saved all the same
+    stage_table([p for p in sorted(out.parent.glob("stage[123]")) if p <= out] if out.name[:-1] == "stage" else [out])
+    print(f"right and wrong answers: {out / 'sheet.png'}")
 
 
 if __name__ == "__main__": sys.exit(main())

@@ -22,11 +22,12 @@ import pytest
 import tiny
 import torch
 
-import checkpoint
-import report
 import sample
+import support.log
 import train
-from data import BadInput
+import weights.checkpoint
+import weights.files
+from support.errors import BadInput
 
 FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-every", "0"]
 RUN = ["--steps", "160", "--save-every", "1"]
@@ -63,10 +64,10 @@ def contents(folder):
 def straight(world, folder, stage, *more):
     """What a run that nobody disturbs leaves: (its last checkpoint's bytes, its losses)."""
     assert run(*flags(world, stage, *more, "--out", folder)) == 0
-    return contents(checkpoint.find(folder)), tiny.losses(folder)
+    return contents(weights.checkpoint.find(folder)), tiny.losses(folder)
 
 
-def logged(out): return max((r["step"] for r in report.records(out)), default=0)
+def logged(out): return max((r["step"] for r in support.log.records(out)), default=0)
 
 
 def one_sentence(capsys, code, *names):
@@ -195,8 +196,8 @@ def damages(folder, percents, flips, rng):
 def finite(out):
     """All checkpoints of a run hold finite weights alone."""
     for folder in out.glob("step-*"):
-        checkpoint.verify(folder)
-        for name, t in checkpoint.load_tensors(folder / "model.safetensors").items(): assert t.isfinite().all(), name
+        weights.checkpoint.verify(folder)
+        for name, t in weights.files.load_tensors(folder / "model.safetensors").items(): assert t.isfinite().all(), name
 
 
 def try_damaged(world, out, capsys, folder, percents, flips, rng, whole):
@@ -211,7 +212,7 @@ def try_damaged(world, out, capsys, folder, percents, flips, rng, whole):
             with pytest.raises(BadInput): sample.load_model(folder, device="cpu")
             refused += 1
         else:                                                            # then it must be as if nothing had happened
-            assert contents(checkpoint.find(out)) == whole, (file, what)
+            assert contents(weights.checkpoint.find(out)) == whole, (file, what)
             harmless += 1
             shutil.rmtree(out)
             shutil.copytree(out.with_name("backup"), out)

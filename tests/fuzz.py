@@ -24,11 +24,16 @@ import tiny
 import torch
 from PIL import Image
 
-import checkpoint
 import sample
-from data import BadInput, Data, Tokenizer
-from formats import INDEXED, load_mixture, opened
+import weights.checkpoint
+import weights.files
+import weights.llama
+from data import Data
+from formats.files import INDEXED, opened
+from formats.mixture import load_mixture
 from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+from support.errors import BadInput
+from text.tokenizer import Tokenizer
 
 SECONDS, GB = 5, 2 ** 30
 LEAVES = [None, True, False, 0, -1, 1, 7, 2 ** 31, 2 ** 63, -2 ** 70, 10 ** 30, 0.5, -0.0, 1e308, float("nan"),
@@ -237,10 +242,10 @@ class Weights:
         llm = LlamaConfig(Tokenizer(tiny.TOKENIZER).size, 8, 1, 2, 1, 8, context=32)
         small = Config(ViTConfig(8, 4, 8, 1, 2, 8), llm, grid=2)
         if kind == "checkpoint":
-            checkpoint.save(self.path, init(InfMLLM(small)), Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
+            weights.checkpoint.save(self.path, init(InfMLLM(small)), Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
         else: oracle.folder(oracle.llama(num_hidden_layers=1), self.path)
         if kind == "pickle":
-            state = {k: v.clone() for k, v in checkpoint.load_tensors(self.path / "model.safetensors").items()}
+            state = {k: v.clone() for k, v in weights.files.load_tensors(self.path / "model.safetensors").items()}
             torch.save(state, self.path / "pytorch_model.bin")
             torch.save(state, folder / "old.bin", _use_new_zipfile_serialization=False)
             (self.path / "model.safetensors").unlink()
@@ -286,9 +291,9 @@ class Weights:
                 (self.path / "checksums.json").write_text(json.dumps(sums))
                 self.dirty.add("checksums.json")
             sample.load_model(self.path, device="cpu")
-        elif self.kind == "llama" or zlib.crc32(content) % 4 == 0: checkpoint.load_llama(self.path)
+        elif self.kind == "llama" or zlib.crc32(content) % 4 == 0: weights.llama.load_llama(self.path)
         else:                                                            # a tensor instead of all, for speed
-            file = checkpoint.Pickled(self.path / name)
+            file = weights.files.Pickled(self.path / name)
             if file.shapes: file.read(next(iter(file.shapes)))
 
 

@@ -5,14 +5,15 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint
+import tools.backbones
 import toy
-from data import Tokenizer
+import weights.checkpoint
 from model import Config, LlamaConfig, ViTConfig
+from text.tokenizer import Tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets" / "toy"
 MINI = Config(ViTConfig(64, 8, 32, 1, 2, 64), LlamaConfig(640, 32, 1, 2, 2, 64, context=512), grid=4)
-PLAN = toy.Schooling(60, 8, 1e-2, .3)
+PLAN = tools.backbones.Schooling(60, 8, 1e-2, .3)
 
 
 @pytest.fixture
@@ -26,48 +27,48 @@ def weights(folder, part): return torch.load(folder / f"{part}.pt")["net"]
 
 @pytest.mark.parametrize("part", ["vit", "llm"])
 def test_schooling_lowers_the_loss_and_an_interrupted_one_ends_where_a_whole_one_does(part, scratch):
-    losses = toy.school(part, scratch, 0, PLAN, MINI, every=100)
+    losses = tools.backbones.school(part, scratch, 0, PLAN, MINI, every=100)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
     whole = weights(scratch, part)
     (scratch / f"{part}.pt").unlink()
-    first = toy.school(part, scratch, 0, PLAN, MINI, stop=25, every=100)
-    second = toy.school(part, scratch, 0, PLAN, MINI, every=100)
+    first = tools.backbones.school(part, scratch, 0, PLAN, MINI, stop=25, every=100)
+    second = tools.backbones.school(part, scratch, 0, PLAN, MINI, every=100)
     assert first + second == losses
     for name, tensor in weights(scratch, part).items(): assert torch.equal(tensor, whole[name]), name
 
 
 def test_a_schooling_begun_with_another_seed_is_not_gone_on_with(scratch):
-    toy.school("vit", scratch, 0, PLAN, MINI, stop=1)
-    with pytest.raises(toy.BadInput, match="began with --seed 0"): toy.school("vit", scratch, 1, PLAN, MINI)
+    tools.backbones.school("vit", scratch, 0, PLAN, MINI, stop=1)
+    with pytest.raises(toy.BadInput, match="began with --seed 0"): tools.backbones.school("vit", scratch, 1, PLAN, MINI)
 
 
 def test_every_thing_of_a_scene_has_a_cell_of_its_own():
     for number in range(300):
         things = toy.scene(0, "train", number).things
-        assert len({toy.cell_of(t) for t in things}) == len(things)
+        assert len({tools.backbones.cell_of(t) for t in things}) == len(things)
 
 
 def test_the_symbolic_prefix_spells_out_the_scene_and_nothing_else():
     tokenizer = Tokenizer(ASSETS)
-    reader = toy.pupil("llm", 0, tokenizer, MINI)
+    reader = tools.backbones.pupil("llm", 0, tokenizer, MINI)
     for number in range(20):
         scene = toy.scene(0, "heldout", number)
         cells = reader.symbols(scene)
         assert (cells[:, 0] >= 0).sum() == len(scene.things)
         for t in scene.things:
-            words = [tokenizer.decode([i]) for i in cells[toy.cell_of(t)].tolist()]
+            words = [tokenizer.decode([i]) for i in cells[tools.backbones.cell_of(t)].tolist()]
             assert words[:3] == [t.colour, t.shape, t.size]
             assert [float(w) for w in words[3:]] == pytest.approx([v / toy.SIDE for v in t.box], abs=.0051)
 
 
 def test_the_tokenizer_that_ships_is_the_one_that_the_program_makes(tmp_path):
-    toy.train_tokenizer(tmp_path / "tokenizer.model")
+    tools.backbones.train_tokenizer(tmp_path / "tokenizer.model")
     assert (tmp_path / "tokenizer.model").read_bytes() == (ASSETS / "tokenizer.model").read_bytes()
 
 
 def test_the_shipped_llama_reads_a_scene_that_is_spelt_out():
-    model, tokenizer = checkpoint.load(ASSETS), Tokenizer(ASSETS)
-    reader = toy.pupil("llm", 0, tokenizer)
+    model, tokenizer = weights.checkpoint.load(ASSETS), Tokenizer(ASSETS)
+    reader = tools.backbones.pupil("llm", 0, tokenizer)
     reader.llm.load_state_dict(model.llm.state_dict())
     reader.slots.data = load_file(ASSETS / "slots.safetensors")["slots"]
     scores = reader.gate(seed=7, scenes=200)
@@ -77,8 +78,8 @@ def test_the_shipped_llama_reads_a_scene_that_is_spelt_out():
 
 def test_the_shipped_vit_tells_what_lies_where_by_a_linear_probe():
     """The heads are thrown away, so that new ones are fitted on 600 scenes by least squares: colour, shape, size."""
-    vit = checkpoint.load(ASSETS).vit
-    seer = toy.Seer(vit.config, 0)
+    vit = weights.checkpoint.load(ASSETS).vit
+    seer = tools.backbones.Seer(vit.config, 0)
     seer.vit.load_state_dict(vit.state_dict())
 
     @torch.no_grad()

@@ -33,7 +33,8 @@ from fuzz import READERS, fuzz
 from test_faults import poisoned
 from test_sample import made
 
-import checkpoint
+import weights.checkpoint
+import weights.files
 
 pytestmark = pytest.mark.chaos
 __all__ = ["here", "world", "made"]                                      # fixtures
@@ -44,7 +45,7 @@ def test_a_hundred_kills_over_three_stages_change_no_byte(world, here, stage, ki
     whole, curve = straight(world, here / "straight", stage, *RUN)
     more = (*RUN, "--workers", int(stage == 3))
     out, writing = killed(world, here, stage, kills, random.Random(stage), *more)
-    assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve
+    assert contents(weights.checkpoint.find(out)) == whole and tiny.losses(out) == curve
     clean(out)
     print(f"stage {stage}: {kills} kills, {writing} of them while a checkpoint was written; bytes equal, nothing left")
     assert writing >= kills // 4
@@ -55,7 +56,7 @@ def test_fifty_signals_save_and_resume(world, here, stage, times):
     more = ("--steps", 300, "--save-every", 7, "--workers", stage % 2)
     whole, curve = straight(world, here / "straight", stage, *more)
     out, codes = stopped(world, here, stage, times, random.Random(stage), *more)
-    assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve
+    assert contents(weights.checkpoint.find(out)) == whole and tiny.losses(out) == curve
     clean(out)
     print(f"stage {stage}: {times} signals: {codes.count(0)} saved and left with 0, {codes.count(130)} before a step")
 
@@ -74,7 +75,7 @@ def test_a_disk_of_every_size(world, here, capsys):
                 change("size=9m")
                 assert run(*settings, "--resume") == 0
                 tried += 1
-            assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve, size
+            assert contents(weights.checkpoint.find(out)) == whole and tiny.losses(out) == curve, size
             clean(out)
     print(f"{tried} full disks: a sentence each, the checkpoints whole, and the run went on to the same bytes")
     assert tried >= 15
@@ -103,7 +104,7 @@ def test_ranks_that_are_killed_or_stopped_at_any_step(world, here, more):
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_nan_in_any_tensor_is_refused_by_name(world, here, capsys, stage):
-    names = sorted(checkpoint.load_tensors(world / "start/model.safetensors"))
+    names = sorted(weights.files.load_tensors(world / "start/model.safetensors"))
     for name in names:
         argv = flags(world, stage, "--steps", 2, "--out", here / "o")
         argv[argv.index("--init") + 1] = str(poisoned(here / "bad", name, float("nan")))

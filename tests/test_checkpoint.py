@@ -9,9 +9,13 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-import checkpoint
-from data import BadInput
+import support.files
+import weights
+import weights.checkpoint
+import weights.files
+import weights.llama
 from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+from support.errors import BadInput
 
 
 def tiny(seed=0):
@@ -27,26 +31,26 @@ class Tokens: bytes = b"a sentencepiece model"
 def test_what_is_saved_is_what_is_loaded_in_its_own_dtypes(tmp_path):
     m = tiny()
     m.vit.to(torch.bfloat16)
-    checkpoint.save(tmp_path / "c", m, Tokens, {"stage": 1}, {"x.exp_avg": torch.ones(3)}, {"step": 7})
-    again = checkpoint.load(tmp_path / "c")
+    weights.checkpoint.save(tmp_path / "c", m, Tokens, {"stage": 1}, {"x.exp_avg": torch.ones(3)}, {"step": 7})
+    again = weights.checkpoint.load(tmp_path / "c")
     assert same(m, again) and again.config == m.config
     assert (tmp_path / "c" / "tokenizer.model").read_bytes() == Tokens.bytes
-    assert checkpoint.read_json(tmp_path / "c" / "state.json") == {"step": 7}
-    assert torch.equal(checkpoint.load_tensors(tmp_path / "c" / "optimizer.safetensors")["x.exp_avg"], torch.ones(3))
+    assert support.files.read_json(tmp_path / "c" / "state.json") == {"step": 7}
+    assert torch.equal(weights.files.load_tensors(tmp_path / "c" / "optimizer.safetensors")["x.exp_avg"], torch.ones(3))
     assert json.loads((tmp_path / "c" / "config.json").read_text())["training"] == {"stage": 1}
-    assert checkpoint.load(tmp_path / "c", image_size=64).config.vit.image_size == 64
-    assert next(checkpoint.load(tmp_path / "c", dtype=torch.float64).parameters()).dtype == torch.float64
+    assert weights.checkpoint.load(tmp_path / "c", image_size=64).config.vit.image_size == 64
+    assert next(weights.checkpoint.load(tmp_path / "c", dtype=torch.float64).parameters()).dtype == torch.float64
 
 
 @pytest.mark.parametrize("changed", [{}, dict(num_key_value_heads=2), dict(tie_word_embeddings=True),
                                      dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})])
 def test_an_exported_language_model_gives_the_same_logits_in_transformers(changed, tmp_path):
-    ours = checkpoint.load_llama(oracle.folder(oracle.llama(**changed), tmp_path / "in"))
-    checkpoint.export_llama(ours, tmp_path / "out")
+    ours = weights.llama.load_llama(oracle.folder(oracle.llama(**changed), tmp_path / "in"))
+    weights.llama.export_llama(ours, tmp_path / "out")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(0, 96, (2, 60))
     with torch.no_grad(): assert (theirs(tokens).logits - ours.head(ours(tokens))).abs().max() < 2e-5
-    again = checkpoint.load_llama(tmp_path / "out")
+    again = weights.llama.load_llama(tmp_path / "out")
     assert same(ours, again) and again.config == ours.config
 
 
@@ -64,7 +68,7 @@ def interrupt(monkeypatch, after):
             return f(*args, **kwargs)
         return call
 
-    for owner, name in ((checkpoint, "save_file"), (Path, "write_text"), (Path, "write_bytes"), (Path, "rename"),
+    for owner, name in ((weights.files, "save_file"), (Path, "write_text"), (Path, "write_bytes"), (Path, "rename"),
                         (Path, "mkdir"), (shutil, "rmtree"), (os, "fsync")):
         monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
     return left
@@ -74,28 +78,28 @@ def test_a_save_interrupted_at_any_point_leaves_the_old_or_the_new_checkpoint_wh
     old, new, seen = tiny(0), tiny(1), []
     for after in range(100):
         path = tmp_path / str(after) / "c"
-        checkpoint.save(path, old, Tokens)
+        weights.checkpoint.save(path, old, Tokens)
         with monkeypatch.context() as patch:
             left = interrupt(patch, after)
-            try: checkpoint.save(path, new, Tokens)
+            try: weights.checkpoint.save(path, new, Tokens)
             except Killed: pass
-        found = checkpoint.load(path)
+        found = weights.checkpoint.load(path)
         seen.append("new" if same(found, new) else "old" if same(found, old) else "neither")
-        checkpoint.save(path, new, Tokens)                                 # and the next save clears up
-        assert same(checkpoint.load(path), new) and [p.name for p in path.parent.iterdir()] == ["c"]
+        weights.checkpoint.save(path, new, Tokens)                                 # and the next save clears up
+        assert same(weights.checkpoint.load(path), new) and [p.name for p in path.parent.iterdir()] == ["c"]
         if left[0] > 0: break
     assert after > 10 and set(seen) == {"old", "new"} and seen == sorted(seen, reverse=True), seen
 
 
 def test_the_newest_whole_step_is_found(tmp_path):
-    for step in (5, 40, 100): checkpoint.save(tmp_path / f"step-{step:08d}", tiny(step))
+    for step in (5, 40, 100): weights.checkpoint.save(tmp_path / f"step-{step:08d}", tiny(step))
     (tmp_path / "step-00000200").mkdir()                                   # one that never got its config
-    assert checkpoint.find(tmp_path).name == "step-00000100" and same(checkpoint.load(tmp_path), tiny(100))
-    with pytest.raises(BadInput, match="no checkpoint here.*train.py"): checkpoint.find(tmp_path / "nowhere")
+    assert weights.checkpoint.find(tmp_path).name == "step-00000100" and same(weights.checkpoint.load(tmp_path), tiny(100))
+    with pytest.raises(BadInput, match="no checkpoint here.*train.py"): weights.checkpoint.find(tmp_path / "nowhere")
 
 
 def test_a_checkpoint_cut_or_flipped_anywhere_is_detected(tmp_path):
-    checkpoint.save(tmp_path / "c", tiny(), Tokens)
+    weights.checkpoint.save(tmp_path / "c", tiny(), Tokens)
     rng = torch.Generator().manual_seed(0)
     for file in sorted((tmp_path / "c").iterdir()):
         whole = file.read_bytes()
@@ -105,18 +109,18 @@ def test_a_checkpoint_cut_or_flipped_anywhere_is_detected(tmp_path):
             harms.append(whole[:at // 8] + bytes([whole[at // 8] ^ (1 << at % 8)]) + whole[at // 8 + 1:])
         for harm in harms:
             file.write_bytes(harm)
-            try: checkpoint.load(tmp_path / "c")
+            try: weights.checkpoint.load(tmp_path / "c")
             except BadInput as e: assert "checksum" in str(e) or "JSON" in str(e) or "does not list" in str(e)
             else: assert json.loads(harm) == json.loads(whole), f"{file.name} was harmed and loaded"    # a blank, say
         file.unlink()
-        with pytest.raises(BadInput): checkpoint.load(tmp_path / "c")
+        with pytest.raises(BadInput): weights.checkpoint.load(tmp_path / "c")
         file.write_bytes(whole)
     sums = json.loads((tmp_path / "c/checksums.json").read_text())
     for name in ("config.json", "model.safetensors"):
         (tmp_path / "c/checksums.json").write_text(json.dumps({k: v for k, v in sums.items() if k != name}))
-        with pytest.raises(BadInput, match=f"does not list {name}"): checkpoint.load(tmp_path / "c")
+        with pytest.raises(BadInput, match=f"does not list {name}"): weights.checkpoint.load(tmp_path / "c")
     (tmp_path / "c/checksums.json").write_text(json.dumps(sums | {"n" * 999: [0, 0]}))              # no system has such
-    with pytest.raises(BadInput, match="is not what was written"): checkpoint.load(tmp_path / "c")
+    with pytest.raises(BadInput, match="is not what was written"): weights.checkpoint.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("harm", ["empty", "text", "cut", "folder"])
@@ -131,23 +135,23 @@ def test_broken_foreign_files_are_one_sentence_with_file_and_remedy(name, harm, 
     file.unlink()
     if harm == "folder": file.mkdir()
     else: file.write_bytes({"empty": b"", "text": b"<html>not found</html>", "cut": raw[:len(raw) // 2]}[harm])
-    with pytest.raises(BadInput) as e: checkpoint.load_llama(tmp_path)
+    with pytest.raises(BadInput) as e: weights.llama.load_llama(tmp_path)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
 def test_weights_that_are_no_floats_are_refused_by_name(tmp_path):
     oracle.folder(oracle.llama(), tmp_path)
-    tensors = checkpoint.load_tensors(tmp_path / "model.safetensors")
+    tensors = weights.files.load_tensors(tmp_path / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
-    checkpoint.save_tensors(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(BadInput, match="model.norm.weight of I32, where F16, .*"): checkpoint.load_llama(tmp_path)
+    weights.files.save_tensors(tensors, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match="model.norm.weight of I32, where F16, .*"): weights.llama.load_llama(tmp_path)
 
 
 def test_a_strangers_names_are_said_without_the_commands_in_them(tmp_path):
     oracle.folder(oracle.llama(), tmp_path)
-    tensors = checkpoint.load_tensors(tmp_path / "model.safetensors")
-    checkpoint.save_tensors(tensors | {"a\n\x1b[2Jb": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(BadInput, match=r"\(a  \[2Jb: left over"): checkpoint.load_llama(tmp_path)
+    tensors = weights.files.load_tensors(tmp_path / "model.safetensors")
+    weights.files.save_tensors(tensors | {"a\n\x1b[2Jb": torch.ones(1)}, tmp_path / "model.safetensors")
+    with pytest.raises(BadInput, match=r"\(a  \[2Jb: left over"): weights.llama.load_llama(tmp_path)
 
 
 @pytest.mark.parametrize("key, value", [("num_hidden_layers", 10 ** 9), ("num_hidden_layers", 0), ("vocab_size", 2**30),
@@ -156,8 +160,8 @@ def test_a_config_of_a_billion_layers_and_the_like_is_refused_before_any_is_made
     oracle.folder(oracle.llama(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    monkeypatch.setattr(checkpoint, "on_meta", None)
-    with pytest.raises(BadInput, match="config.json"): checkpoint.load_llama(tmp_path)
+    monkeypatch.setattr(weights.checkpoint, "on_meta", None)
+    with pytest.raises(BadInput, match="config.json"): weights.llama.load_llama(tmp_path)
 
 
 def test_an_index_may_not_name_files_outside_its_folder(tmp_path):
@@ -166,4 +170,4 @@ def test_an_index_may_not_name_files_outside_its_folder(tmp_path):
     for name in ("../outside.safetensors", "n" * 999):
         index = {"weight_map": {"model.norm.weight": name}}
         (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(BadInput, match="not in the folder"): checkpoint.load_llama(tmp_path / "a")
+        with pytest.raises(BadInput, match="not in the folder"): weights.llama.load_llama(tmp_path / "a")

@@ -15,9 +15,16 @@ import torch
 from PIL import Image, ImageDraw
 
 import data as D
-import formats
-from data import (IGNORE, IMAGE, BadInput, Data, Tokenizer, collate, encode_turns, format_box, load_mixture, parse_box,
-                  parse_box_released, peek, prompt, to_square, upright)
+import formats.files
+import formats.json_index
+from data import Data, collate
+from formats.mixture import load_mixture
+from formats.pictures import peek, to_square, upright
+from model import IGNORE, IMAGE
+from support.errors import BadInput
+from text.boxes import format_box, parse_box, parse_box_released
+from text.templates import prompt
+from text.tokenizer import Tokenizer, encode_turns
 
 TOKENIZER = Tokenizer(Path(__file__).parent.parent / "assets/toy")
 V = 4                                                          # visual tokens per image in these tests
@@ -666,10 +673,10 @@ def test_an_unreadable_sample_is_replaced_by_the_next_number_counted_and_named(t
 def test_an_index_is_kept_between_starts_and_made_anew_when_its_file_changes(tmp_path, monkeypatch):
     table = vqa_list(tmp_path, 5, "v")
     assert data_of(tmp_path, table).counts == {"v": 5}
-    monkeypatch.setattr(formats, "scan_json", lambda *a: pytest.fail("scanned again"))
+    monkeypatch.setattr(formats.json_index, "scan_json", lambda *a: pytest.fail("scanned again"))
     assert data_of(tmp_path, table).counts == {"v": 5}
     monkeypatch.undo(); monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    vqa_list(tmp_path, 6, "v"); os.utime(tmp_path / "v.json", (1, 1)); formats.opened.cache_clear()
+    vqa_list(tmp_path, 6, "v"); os.utime(tmp_path / "v.json", (1, 1)); formats.files.opened.cache_clear()
     assert data_of(tmp_path, table).counts == {"v": 6}
     for index in (tmp_path / "cache").rglob("*.npy"): index.write_bytes(b"torn")
     assert data_of(tmp_path, table).counts == {"v": 6}

@@ -11,7 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from test_data import TOKENIZER, V, dump, mixture, png, png_bytes, tar_of
 
-from data import BadInput, Data, Tokenizer, format_box, parse_box, parse_box_released
+from data import Data
+from support.errors import BadInput
+from text.boxes import format_box, parse_box, parse_box_released
+from text.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -13,12 +13,14 @@ from PIL import Image
 from test_sample import TOKENIZER, one_thread, tiny  # noqa: F401  (one_thread is a fixture)
 from test_sample import whole as without_cache
 
-import checkpoint
 import evaluate
-import metrics
 import sample
-from data import Tokenizer, parse_box
+import support.drawing
+import support.metrics
+import weights.checkpoint
 from evaluate import is_right, parts, score, submission
+from text.boxes import parse_box
+from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"captions": 7, "vqa": 11, "refs": 9, "regions": 5, "chat": 6}
@@ -28,7 +30,7 @@ COUNTS = {"captions": 7, "vqa": 11, "refs": 9, "regions": 5, "chat": 6}
 def world(tmp_path_factory):
     """A checkpoint and a mixture with a source of every kind, all of it small and not square."""
     folder, rng = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
-    checkpoint.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
+    weights.checkpoint.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
     (folder / "images").mkdir()
     for n in range(12): Image.fromarray(rng.integers(0, 255, (30, 50, 3), np.uint8)).save(folder / f"images/{n}.png")
     write = lambda name, what: (folder / f"{name}.json").write_text(json.dumps(what))
@@ -172,7 +174,7 @@ def test_scores_by_hand():
     captions = [row("a small blue cross and a red square", ["a red square and a small blue cross"]),
                 row("a dog", ["a red cat", "a dog on a mat"])]
     (name, value, count), same = score(captions, "caption")
-    assert (name, count) == ("CIDEr-D", 2) and value == metrics.cider([r["said"] for r in captions],
+    assert (name, count) == ("CIDEr-D", 2) and value == support.metrics.cider([r["said"] for r in captions],
                                                                      [r["truth"] for r in captions])[0]
     assert same == ("exact, any order", 0.5, 2)
     assert score([row("x")], "vqa")[0][2] == 0, "a test split has no answers, and no score"
@@ -227,8 +229,8 @@ def test_the_contact_sheet_shows_wrong_and_right_with_both_boxes(world, tmp_path
     run(world, tmp_path / "e", "--task", "ground", "--sheet", tmp_path / "sheet.png")
     assert [e for e in json.loads((tmp_path / "e/scores.json").read_text())] == ["refs"]
     page = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
-    assert page.shape[1] == sample.COLUMNS * (sample.CELL + 8) + 8
-    for colour in (sample.RIGHT, sample.WRONG, sample.TRUE, sample.NAMED):
+    assert page.shape[1] == support.drawing.COLUMNS * (support.drawing.CELL + 8) + 8
+    for colour in (support.drawing.RIGHT, support.drawing.WRONG, support.drawing.TRUE, support.drawing.NAMED):
         assert (abs(page - colour).sum(2) < 12).sum() > 300, colour
     rows = [json.loads(line) for line in (tmp_path / "e/predictions.jsonl").read_text().splitlines()]
     assert [is_right(r, "ground") for r in rows] == [bool(n % 2) for n in range(9)] and parse_box(rows[0]["said"])

@@ -43,11 +43,14 @@ from faults import (
 )
 from test_sample import made
 
-import checkpoint
-import report
+import support.files
+import support.log
 import train
-from data import Data, Tokenizer
-from formats import load_mixture
+import weights.checkpoint
+import weights.files
+from data import Data
+from formats.mixture import load_mixture
+from text.tokenizer import Tokenizer
 
 __all__ = ["here", "world", "made"]                                      # fixtures
 
@@ -58,7 +61,7 @@ def test_sigterm_and_ctrl_c_at_any_moment_save_what_was_done_and_lose_nothing(wo
     settings = ["--steps", 120, "--save-every", 3]
     whole, curve = straight(world, here / "straight", 1, *settings)
     out, codes = stopped(world, here, 1, 6, random.Random(5), *settings)
-    assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve and 0 in codes
+    assert contents(weights.checkpoint.find(out)) == whole and tiny.losses(out) == curve and 0 in codes
     clean(out)
 
 
@@ -86,7 +89,7 @@ def test_a_disk_that_fills_up_at_any_point_leaves_whole_checkpoints_and_the_run_
             finite(out)
             change("size=9m")
             assert run(*flags(world, 1, "--steps", 5, "--save-every", 1, "--out", out, "--resume")) == 0
-            assert contents(checkpoint.find(out)) == whole and tiny.losses(out) == curve, size
+            assert contents(weights.checkpoint.find(out)) == whole and tiny.losses(out) == curve, size
             clean(out)
 
 
@@ -164,7 +167,7 @@ def test_files_of_a_checkpoint_have_the_rights_that_other_new_files_have(world, 
     before = os.umask(0o027)
     try: assert run(*flags(world, 1, "--steps", 1, "--out", here / "o")) == 0
     finally: os.umask(before)
-    assert {p.stat().st_mode & 0o777 for p in checkpoint.find(here / "o").iterdir()} == {0o640}
+    assert {p.stat().st_mode & 0o777 for p in weights.checkpoint.find(here / "o").iterdir()} == {0o640}
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------
@@ -183,20 +186,20 @@ def scaled(folder, factor):
     model = tiny.model()
     with torch.no_grad():
         for p in model.parameters(): p.mul_(factor)
-    checkpoint.save(folder, model, Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
+    weights.checkpoint.save(folder, model, Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
     return folder
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_loss_or_a_gradient_that_overflows_is_never_trained_on(world, here, capsys, stage):
     start = scaled(here / "large", 1e18)                                 # products leave fp32's range
-    before = [p.clone() for p in checkpoint.load(start).parameters()]
+    before = [p.clone() for p in weights.checkpoint.load(start).parameters()]
     argv = flags(world, stage, "--steps", 6, "--save-every", 1, "--out", here / "o")
     argv[argv.index("--init") + 1] = str(start)
     one_sentence(capsys, run(*argv), "3 updates in a row had no finite gradient and were skipped; lower --lr")
     assert not tiny.losses(here / "o") or all(x == 0 for x in tiny.losses(here / "o").values())
     for folder in (here / "o").glob("step-*"):
-        assert all(torch.equal(a, b) for a, b in zip(before, checkpoint.load(folder).parameters()))
+        assert all(torch.equal(a, b) for a, b in zip(before, weights.checkpoint.load(folder).parameters()))
 
 
 @pytest.mark.parametrize("rate, sentence", [("1e30", "no finite gradient"), ("1e39", "is no longer finite and is not")])
@@ -209,12 +212,12 @@ def test_a_learning_rate_that_wrecks_the_weights_ends_in_a_sentence_and_no_wreck
 
 def poisoned(folder, name, value):
     shutil.copytree("start", folder)
-    tensors = checkpoint.load_tensors(folder / "model.safetensors")
+    tensors = weights.files.load_tensors(folder / "model.safetensors")
     tensors[name].view(-1)[-1] = value
-    checkpoint.save_tensors(tensors, folder / "model.safetensors")
+    weights.files.save_tensors(tensors, folder / "model.safetensors")
     sums = json.loads((folder / "checksums.json").read_text())
     file = folder / "model.safetensors"
-    sums[file.name] = [file.stat().st_size, checkpoint.checksum(file)]
+    sums[file.name] = [file.stat().st_size, weights.checkpoint.checksum(file)]
     (folder / "checksums.json").write_text(json.dumps(sums))
     return folder
 
@@ -261,9 +264,9 @@ def vqa_world(folder, scenes=200):
 
 def bad_count(out):
     """Unreadable samples as the log, the list and the checkpoint count them."""
-    counts = {[r for r in report.records(out) if "bad" in r][-1]["bad"],
+    counts = {[r for r in support.log.records(out) if "bad" in r][-1]["bad"],
               len((out / "unreadable.txt").read_text().splitlines()),
-              checkpoint.read_json(checkpoint.find(out) / "state.json")["bad"]}
+              support.files.read_json(weights.checkpoint.find(out) / "state.json")["bad"]}
     assert len(counts) == 1, counts
     return counts.pop()
 
@@ -278,7 +281,7 @@ def test_pictures_that_cannot_be_read_are_counted_the_same_in_a_run_that_was_kil
     met = sum(number in (7, 77) for step in range(60) for _, number in data.rows(step).tolist())
     assert bad_count(here / "straight") == met > 0
     out, _ = killed(world, here, 1, 4, random.Random(workers), *settings, "--workers", workers)
-    assert bad_count(out) == met and contents(checkpoint.find(out)) == contents(checkpoint.find(here / "straight"))
+    assert bad_count(out) == met and contents(weights.checkpoint.find(out)) == contents(weights.checkpoint.find(here / "straight"))
 
 
 def test_annotations_replaced_under_a_run_are_not_trained_on_and_the_old_ones_go_on(here, capsys):
@@ -301,7 +304,7 @@ def test_annotations_replaced_under_a_run_are_not_trained_on_and_the_old_ones_go
     file.with_suffix(".new").write_bytes(other)
     file.with_suffix(".new").replace(file)                               # renamed into place: the old one stays open
     process.join(60)
-    assert process.exitcode == 0 and contents(checkpoint.find(here / "o")) == whole
+    assert process.exitcode == 0 and contents(weights.checkpoint.find(here / "o")) == whole
 
 
 def test_ranks_that_see_other_texts_under_the_same_names_are_refused(world, here):

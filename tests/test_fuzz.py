@@ -15,10 +15,12 @@ import torch
 from fuzz import GB, READERS, SECONDS, Mixtures, fuzz, peak
 from PIL import Image
 
-import checkpoint
 import sample
-from data import BadInput, Data, Tokenizer
-from formats import load_mixture
+import weights.files
+from data import Data
+from formats.mixture import load_mixture
+from support.errors import BadInput
+from text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize("kind", READERS)
@@ -158,7 +160,7 @@ def test_no_file_of_weights_and_no_index_runs_code(tmp_path, monkeypatch):
     attacks = {"new.bin": {}, "old.pth": {"_use_new_zipfile_serialization": False}}
     for name, how in attacks.items():
         torch.save({"x": torch.ones(2), "y": Attack(marker)}, tmp_path / name, **how)
-        with pytest.raises(BadInput, match="refused|cannot be read"): checkpoint.Pickled(tmp_path / name)
+        with pytest.raises(BadInput, match="refused|cannot be read"): weights.files.Pickled(tmp_path / name)
         with pytest.raises(BadInput): sample.load_model(tmp_path / name, tiny.TOKENIZER, device="cpu")
     assert not marker.exists()
     Attack(marker).__reduce__()[0](Attack(marker).__reduce__()[1][0])    # it would have worked

@@ -3,7 +3,7 @@ import oracle
 import pytest
 import torch
 
-import checkpoint
+import weights.llava
 from model import IMAGE
 from sample import generate_ids, sampler
 
@@ -25,7 +25,7 @@ def pair(tmp_path_factory):
     theirs = oracle.llava(num_key_value_heads=2)
     with torch.no_grad(): theirs.lm_head.weight.mul_(5)
     folder = oracle.folder(theirs, tmp_path_factory.mktemp("llava"))
-    return theirs, checkpoint.load_llava(folder)
+    return theirs, weights.llava.load_llava(folder)
 
 
 def prompts(*shapes, seed=0):

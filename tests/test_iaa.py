@@ -18,14 +18,32 @@ from transformers import CLIPVisionModel, LlamaForCausalLM
 from transformers import LlamaConfig as TheirConfig
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
 
-import checkpoint
-import report
 import sample
-import toy
+import support.files
+import support.plan
+import tools.backbones
 import train
-from data import BadInput, Tokenizer
-from model import BRANCHES, IGNORE, Cache, Config, InfMLLM, LlamaConfig, ViTConfig, count, flops, trains
+import weights
+import weights.checkpoint
+import weights.files
+import weights.iaa
+import weights.llama
+import weights.rename
+from model import (
+    BRANCHES,
+    IGNORE,
+    Cache,
+    Config,
+    InfMLLM,
+    LlamaConfig,
+    ViTConfig,
+    count,
+    flops,
+    trains,
+)
 from sample import generate_ids
+from support.errors import BadInput
+from text.tokenizer import Tokenizer
 
 FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-rows", "12", "--score-rows", "0"]
 
@@ -65,7 +83,7 @@ def test_a_branch_equals_a_composition_of_transformers_own_decoder_layers(inner)
     config = TheirConfig(**oracle.LLAMA | dict(num_hidden_layers=4 + len(inner), num_key_value_heads=2))
     config._attn_implementation = "sdpa"
     base, own = oracle.randomise(LlamaForCausalLM(config), 0), oracle.randomise(LlamaForCausalLM(config), 1)
-    names = {v.replace("layers.{}.", ""): k.replace("model.layers.{}.", "") for k, v in checkpoint.LLAMA.items()
+    names = {v.replace("layers.{}.", ""): k.replace("model.layers.{}.", "") for k, v in weights.llama.LLAMA.items()
              if v and "{}" in v}
     ours = InfMLLM(Config(ViTConfig(32, 8, 24, 1, 3, 40), LlamaConfig(96, 48, 4, 6, 2, 80), grid=2)).grow("mm", inner)
 
@@ -161,8 +179,8 @@ def test_generation_in_a_branch_is_the_deeper_models_and_text_alone_is_the_bases
 @torch.no_grad()
 def test_what_the_shipped_llm_reads_is_measured_and_a_branch_leaves_it_and_tuning_does_not():
     assets = tiny.ROOT / "assets/toy"
-    m, tokenizer = checkpoint.load(assets), Tokenizer(assets)
-    read = lambda: toy.reading(m.llm, tokenizer, assets / "slots.safetensors", scenes=12)
+    m, tokenizer = weights.checkpoint.load(assets), Tokenizer(assets)
+    read = lambda: tools.backbones.reading(m.llm, tokenizer, assets / "slots.safetensors", scenes=12)
     before = read()
     assert before["loss"] < 0.4 and before["right"] > 0.9 and before["tokens"] > 500
     for p in m.grow("mm", [0, 3]).llm.branches["mm"].parameters(): p.mul_(1.5)
@@ -212,9 +230,9 @@ def shown(m, tokenizer, image=None):
 
 
 def test_text_alone_is_the_base_to_the_bit_whatever_branches_were_trained_and_loaded(here, world):
-    tokenizer, base = Tokenizer(tiny.TOKENIZER), checkpoint.load("start")
+    tokenizer, base = Tokenizer(tiny.TOKENIZER), weights.checkpoint.load("start")
     logits, said = shown(base, tokenizer)
-    one, both = checkpoint.load("mm"), checkpoint.add_branch(checkpoint.load("mm"), "chat")
+    one, both = weights.checkpoint.load("mm"), weights.checkpoint.add_branch(weights.checkpoint.load("mm"), "chat")
     assert one.llm.active == "mm" and both.llm.active == "chat" and set(both.llm.branches) == {"mm", "chat"}
     image = Image.new("RGB", (16, 16), (222, 40, 44))
     seen = {}
@@ -232,36 +250,36 @@ def test_text_alone_is_the_base_to_the_bit_whatever_branches_were_trained_and_lo
 
 def test_a_branch_trains_alone_and_its_checkpoint_holds_it_alone(here, world):
     for folder, branch, inner in (("mm", "mm", [0, 1]), ("chat", "chat", [1])):
-        saved = checkpoint.load_tensors(checkpoint.find(world / folder) / "model.safetensors")
-        m = checkpoint.load("start").grow(branch, inner)
+        saved = weights.files.load_tensors(weights.checkpoint.find(world / folder) / "model.safetensors")
+        m = weights.checkpoint.load("start").grow(branch, inner)
         assert saved.keys() == {n for n, _ in m.named_parameters() if trains(n, 2, "inner", branch)}
         assert saved.keys() == {n for n, _ in m.named_parameters() if n.startswith(f"{BRANCHES}{branch}.")}
         for name, p in m.named_parameters():
             if name in saved: assert not torch.equal(saved[name], p), f"{name} has not moved"
         assert all((saved[f"{BRANCHES}{branch}.layers.0.{x}.weight"] != 0).any() for x in ("o", "down"))
-    described = checkpoint.read_json(checkpoint.find("mm") / "config.json")
-    assert described["base"] == {"path": "../../start", "weights": checkpoint.fingerprint("start")}
+    described = support.files.read_json(weights.checkpoint.find("mm") / "config.json")
+    assert described["base"] == {"path": "../../start", "weights": weights.checkpoint.fingerprint("start")}
 
 
 def test_a_branch_without_its_base_or_with_another_is_refused_in_a_sentence(here, world, capsys):
     for name in ("start", "mm"): shutil.copytree(world / name, here / name)
     shutil.move(here / "start", here / "moved")
     with pytest.raises(BadInput, match="is a branch of ../../start, seen from there.*--ckpt BASE --branch BRANCH"):
-        checkpoint.load(here / "mm")
+        weights.checkpoint.load(here / "mm")
     model, _ = sample.load_model(here / "moved", branch=str(here / "mm"))
     assert model.llm.active == "mm" and sample.load_model(here / "moved", branch="none")[0].llm.active is None
-    checkpoint.save(here / "start", tiny.model(1), Tokenizer(tiny.TOKENIZER))
-    with pytest.raises(BadInput, match="this model has other weights; take the base"): checkpoint.load(here / "mm")
-    with pytest.raises(BadInput, match="is a whole model and no branch"): checkpoint.add_branch(model, "start")
-    with pytest.raises(BadInput, match="has a branch mm already"): checkpoint.add_branch(model, "mm")
+    weights.checkpoint.save(here / "start", tiny.model(1), Tokenizer(tiny.TOKENIZER))
+    with pytest.raises(BadInput, match="this model has other weights; take the base"): weights.checkpoint.load(here / "mm")
+    with pytest.raises(BadInput, match="is a whole model and no branch"): weights.checkpoint.add_branch(model, "start")
+    with pytest.raises(BadInput, match="has a branch mm already"): weights.checkpoint.add_branch(model, "mm")
     with pytest.raises(BadInput, match="--branch ground: is neither a folder nor a branch .* has mm"):
         sample.take_branch(model, "ground")
-    small_pictures = checkpoint.load("start", image_size=8).grow("mm", [0])
+    small_pictures = weights.checkpoint.load("start", image_size=8).grow("mm", [0])
     small_pictures.config.llm.branches = {"other": [0]}
     tensors = {n.replace(".mm.", ".other."): p for n, p in small_pictures.named_parameters() if ".mm." in n}
-    checkpoint.save(here / "other", (small_pictures.config, tensors), base="start")
+    weights.checkpoint.save(here / "other", (small_pictures.config, tensors), base="start")
     with pytest.raises(BadInput, match="are .8, 2., those of the branch mm are .16, 2."):
-        checkpoint.add_branch(model, here / "other")
+        weights.checkpoint.add_branch(model, here / "other")
 
 
 def test_evaluation_asks_the_branch_about_pictures_and_the_base_about_the_rest(here, capsys):
@@ -295,8 +313,8 @@ def test_a_branch_goes_on_exactly_after_a_stop_and_into_the_next_stage(here, wor
     assert "next: python train.py --stage 3 --tune inner --branch mm --init" in capsys.readouterr().out
     assert run("--stage", 3, "--tune", "inner", "--init", here / "whole", "--out", here / "next", "--steps", 1,
                "--eval-every", 0) == 0
-    described = checkpoint.read_json(checkpoint.find(here / "next") / "config.json")
-    assert described["base"]["weights"] == checkpoint.fingerprint("start")
+    described = support.files.read_json(weights.checkpoint.find(here / "next") / "config.json")
+    assert described["base"]["weights"] == weights.checkpoint.fingerprint("start")
     assert described["model"]["llm"]["branches"] == {"mm": [0, 1]}
     for argv, sentence in (
             (["--init", "mm"], "is a branch, mm; --tune inner trains it on"),
@@ -309,13 +327,13 @@ def test_a_branch_goes_on_exactly_after_a_stop_and_into_the_next_stage(here, wor
 
 
 def test_a_base_that_is_pieced_together_is_written_beside_its_branch(here, world, capsys):
-    checkpoint.export_llama(checkpoint.load("mm").llm, here / "llm")                 # the base's, without the branch
+    weights.llama.export_llama(weights.checkpoint.load("mm").llm, here / "llm")                 # the base's, without the branch
     assert run("--stage", 1, "--init", "start", "--llm", here / "llm", "--tokenizer", tiny.TOKENIZER, "--tune", "inner",
                "--out", here / "o", "--steps", 1, "--eval-every", 0) == 0
     assert f"is written to {here}/o/base" in capsys.readouterr().out
-    m, base = checkpoint.load(here / "o"), checkpoint.load("start")
+    m, base = weights.checkpoint.load(here / "o"), weights.checkpoint.load("start")
     assert all(torch.equal(p, q) for p, q in zip(m.use(None).llm.layers.parameters(), base.llm.layers.parameters()))
-    assert checkpoint.load(here / "o/base").config == base.config
+    assert weights.checkpoint.load(here / "o/base").config == base.config
 
 
 def test_many_processes_train_a_branch_as_one_does(here, world):
@@ -327,7 +345,7 @@ def test_many_processes_train_a_branch_as_one_does(here, world):
                 "--out", out, "--steps", 4, *FAST, "--eval-every", 4, "--save-every", 0, "--dtype", "fp64", *extra]
         if ranks == 1: assert train.main([str(a) for a in argv]) == 0
         else: assert tiny.finish(tiny.start(here, *argv, world=ranks)) == [0] * ranks, tiny.said(here)[-3000:]
-        saved = checkpoint.load_tensors(checkpoint.find(out) / "model.safetensors")
+        saved = weights.files.load_tensors(weights.checkpoint.find(out) / "model.safetensors")
         if weights: assert saved.keys() == weights.keys()
         weights = weights or saved
         assert max((saved[n] - weights[n]).abs().max() for n in weights) < 1e-9
@@ -348,7 +366,7 @@ def test_a_plan_counts_a_branch_and_its_kept_bytes_are_autograds(capsys, monkeyp
         llm = LlamaConfig(128, 64, 6, 4, 2, 160, branches={"mm": inner})
         return Config(ViTConfig(32, 4, 32, 1, 4, 96), llm, grid=4)
     for few, many in (([0], [0, 1, 2, 3]), ([5], [0, 1, 4, 5])):
-        calculated = report.kept(make(many), s) - report.kept(make(few), s)
+        calculated = support.plan.kept(make(many), s) - support.plan.kept(make(few), s)
         measured = saved_bytes(make(many), s) - saved_bytes(make(few), s)
         assert calculated == pytest.approx(measured, rel=0.03), (few, many)
 
@@ -377,10 +395,10 @@ def iaa_published(head="condtion"):
 @pytest.mark.parametrize("head", ["condtion", "condition"])
 def test_every_tensor_of_the_released_iaa_finds_its_place(head):
     shapes = iaa_published(head)
-    ours = checkpoint.iaa_model(LLAMA3_8B, "config.json")
+    ours = weights.iaa.iaa_model(LLAMA3_8B, "config.json")
     assert ours.config.llm.branches == {name: [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
                                         for name in ("mm", "grounding")}
-    plan = checkpoint.moves(ours, shapes, checkpoint.iaa(ours.config), "IAA")
+    plan = weights.rename.moves(ours, shapes, weights.iaa.iaa(ours.config), "IAA")
     dropped = {k for k, targets in plan if not any(targets)}
     assert all("encoder.layers.23." in k or "post_layernorm" in k or k.endswith("k_proj.bias") for k in dropped)
     assert sum(torch.Size(shapes[k]).numel() for k in shapes.keys() - dropped) == count(ours)
@@ -390,16 +408,16 @@ def test_every_tensor_of_the_released_iaa_finds_its_place(head):
 
 
 def test_loading_the_released_iaa_says_what_prompting_it_needs_and_sample_refuses_it(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(checkpoint, "IAA_INNER", [0, 2])
+    monkeypatch.setattr(weights.iaa, "IAA_INNER", [0, 2])
     tower = dict(image_size=28, width=16, heads=2, mlp=24, layers=1)
-    monkeypatch.setattr(checkpoint, "CLIP_L", checkpoint.CLIP_L | tower)
+    monkeypatch.setattr(weights.iaa, "CLIP_L", weights.iaa.CLIP_L | tower)
     d = dict(model_type="IAA", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, vocab_size=60, rms_norm_eps=1e-5, rope_theta=5e5)
     (tmp_path / "config.json").write_text(json.dumps(d))
-    m, rng = checkpoint.iaa_model(d, "x"), torch.Generator().manual_seed(0)
+    m, rng = weights.iaa.iaa_model(d, "x"), torch.Generator().manual_seed(0)
     state = {}
     ours = {n: p.shape for n, p in m.named_parameters()}
-    for theirs, name in checkpoint.iaa(m.config).items():
+    for theirs, name in weights.iaa.iaa(m.config).items():
         if name is None or theirs.startswith("lm_head_condition"): continue
         for n in range(3):
             key, target = theirs.replace("{}", str(n)), name.replace("{}", str(n))
@@ -408,7 +426,7 @@ def test_loading_the_released_iaa_says_what_prompting_it_needs_and_sample_refuse
             length, *rest = ours[target]
             state[key] = torch.randn(length // 3 if third else length, *rest, generator=rng)
     torch.save(state, tmp_path / "pytorch_model.bin")
-    m = checkpoint.load_iaa(tmp_path)
+    m = weights.iaa.load_iaa(tmp_path)
     assert "LLaMA-3's tokenizer, which this program does not read" in capsys.readouterr().err
     assert torch.equal(m.llm.branches["grounding"].layers[1].up.weight,
                        state["model.condition_layers_grounding.1.mlp.up_proj.weight"])

@@ -9,8 +9,8 @@ import pytest
 from pycocoevalcap import tokenizer
 from pycocoevalcap.cider.cider_scorer import CiderScorer
 
-import metrics
-from metrics import normalise, normalise_m4c, tokenise, vqa_score
+import support.metrics
+from support.metrics import normalise, normalise_m4c, tokenise, vqa_score
 
 # ------------------------------------------------------------------------------------------------------------ captions
 CAPTIONS = [
@@ -48,8 +48,8 @@ def test_cider_of_random_corpora_is_the_official_scorers(seed, per_image):
     predictions = [rng.choice([sentence(), "", rng.choice(rs), "w1 w1 w1 w1", "never seen in any reference"])
                    for rs in references]
     score, each = official_cider(predictions, references)
-    assert metrics.cider(predictions, references) == (pytest.approx(score, abs=1e-9), len(references))
-    assert metrics.cider_scores(predictions, references, split=str.split) == pytest.approx(each, abs=1e-9)
+    assert support.metrics.cider(predictions, references) == (pytest.approx(score, abs=1e-9), len(references))
+    assert support.metrics.cider_scores(predictions, references, split=str.split) == pytest.approx(each, abs=1e-9)
 
 
 @pytest.mark.parametrize("per_image", [1, 5])
@@ -57,23 +57,23 @@ def test_cider_of_captions_is_the_official_scorers_on_the_same_words(per_image):
     references = [rs[:per_image] for rs in CAPTIONS]
     score, each = official_cider([" ".join(tokenise(s)) for s in SAID],
                                  [[" ".join(tokenise(r)) for r in rs] for rs in references])
-    assert metrics.cider(SAID, references) == (pytest.approx(score, abs=1e-9), 6)
-    assert metrics.cider_scores(SAID, references) == pytest.approx(each, abs=1e-9)
+    assert support.metrics.cider(SAID, references) == (pytest.approx(score, abs=1e-9), 6)
+    assert support.metrics.cider_scores(SAID, references) == pytest.approx(each, abs=1e-9)
     assert each[0] > 1 and each[2] == 0 and score > 0.3                       # the corpus tells good from bad
 
 
 def test_a_perfect_caption_scores_ten_and_one_image_alone_scores_nothing():
     texts = ["a red circle on a white ground", "two blue squares left of a star"]
-    assert metrics.cider(texts, [[t] for t in texts]) == (pytest.approx(10), 2)
-    assert metrics.cider(texts[:1], [texts[:1]]) == (0, 1)
+    assert support.metrics.cider(texts, [[t] for t in texts]) == (pytest.approx(10), 2)
+    assert support.metrics.cider(texts[:1], [texts[:1]]) == (0, 1)
 
 
 def test_the_order_of_samples_does_not_change_a_digit():
     rng = random.Random(0)
     order = list(range(len(SAID))); rng.shuffle(order)
-    assert metrics.cider(SAID, CAPTIONS) == metrics.cider([SAID[i] for i in order], [CAPTIONS[i] for i in order])
+    assert support.metrics.cider(SAID, CAPTIONS) == support.metrics.cider([SAID[i] for i in order], [CAPTIONS[i] for i in order])
     scores = [rng.random() for _ in range(1000)]
-    assert metrics.mean(scores) == metrics.mean(scores[::-1]) == metrics.mean(sorted(scores))
+    assert support.metrics.mean(scores) == support.metrics.mean(scores[::-1]) == support.metrics.mean(sorted(scores))
 
 
 @pytest.mark.parametrize("text, tokens", [
@@ -160,15 +160,15 @@ y'allll yall'd've y'alld've y'all'dve youd youd've you'dve youll youre youve""".
 
 
 def test_the_contractions_are_those_of_the_published_table():
-    assert set(metrics.CONTRACTIONS) == {*KEYS, "somebody'd"}
+    assert set(support.metrics.CONTRACTIONS) == {*KEYS, "somebody'd"}
     for key in KEYS:
-        value = metrics.CONTRACTIONS[key]
+        value = support.metrics.CONTRACTIONS[key]
         assert value.replace("'", "") == key.replace("'", "") and len(value) == len(key) + 1, (key, value)
     for key, value in {"aint": "ain't", "couldn'tve": "couldn't've", "hed": "he'd", "howll": "how'll", "itd": "it'd",
                        "maam": "ma'am", "mightve": "might've", "ow's'at": "'ow's'at", "'ows'at": "'ow's'at",
                        "therere": "there're", "weve": "we've", "yall": "y'all", "yall'll": "y'all'll",
                        "y'alld've": "y'all'd've", "shant": "shan't", "whereve": "where've"}.items():
-        assert metrics.CONTRACTIONS[key] == value
+        assert support.metrics.CONTRACTIONS[key] == value
 
 
 def leave_one_out(prediction, answers):
@@ -220,19 +220,19 @@ def test_the_three_protocols_normalise_as_their_code_does(prediction, answers, v
 
 def test_vqa_accuracy_is_the_mean_of_the_scores_and_says_how_many():
     answers = [["red"] * 10, ["yes"] * 2 + ["no"] * 8, ["1"] * 10]
-    assert metrics.vqa_accuracy(["red", "yes", "2"], answers) == (pytest.approx((1 + .6 + 0) / 3), 3)
-    assert metrics.vqa_accuracy(["Red"], [["red"] * 10]) == (0, 1)
-    assert metrics.vqa_accuracy(["Red"], [["red"] * 10], "infmllm") == (1, 1)
+    assert support.metrics.vqa_accuracy(["red", "yes", "2"], answers) == (pytest.approx((1 + .6 + 0) / 3), 3)
+    assert support.metrics.vqa_accuracy(["Red"], [["red"] * 10]) == (0, 1)
+    assert support.metrics.vqa_accuracy(["Red"], [["red"] * 10], "infmllm") == (1, 1)
     with pytest.raises(KeyError): vqa_score("red", ["red"], "vqa")
 
 
 def test_exact_match_forgives_case_outer_space_and_a_closing_period_alone():
     answers = ["The Cat", "j. r. r. tolkien"]
     for right in ("the cat", " The cat.\n", "THE CAT", "J. R. R. Tolkien"):
-        assert metrics.exact_score(right, answers) == 1
-    for wrong in ("cat", "the cat!", "the  cat", "", "t"): assert metrics.exact_score(wrong, answers) == 0
-    assert metrics.exact_score("Smith Jr", ["smith jr."]) == 1
-    assert metrics.exact_match(["Yes.", "no", "left"], [["yes"], ["yes"], ["right", "left"]]) == (2 / 3, 3)
+        assert support.metrics.exact_score(right, answers) == 1
+    for wrong in ("cat", "the cat!", "the  cat", "", "t"): assert support.metrics.exact_score(wrong, answers) == 0
+    assert support.metrics.exact_score("Smith Jr", ["smith jr."]) == 1
+    assert support.metrics.exact_match(["Yes.", "no", "left"], [["yes"], ["yes"], ["right", "left"]]) == (2 / 3, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------- boxes
@@ -249,15 +249,15 @@ def test_exact_match_forgives_case_outer_space_and_a_closing_period_alone():
     (None, (0, 0, 1, 1), 0),
 ])
 def test_iou_by_hand(a, b, value):
-    assert metrics.iou(a, b) == pytest.approx(value)
-    if a is not None: assert metrics.iou(b, a) == pytest.approx(value)
+    assert support.metrics.iou(a, b) == pytest.approx(value)
+    if a is not None: assert support.metrics.iou(b, a) == pytest.approx(value)
 
 
 def test_half_an_overlap_is_a_hit_and_no_box_is_a_miss_that_counts():
     predictions = [(0, 0, 2, 1), (0, 0, 201, 100), None, (0, 0, 9, 9)]
     boxes = [(0, 0, 1, 1), (0, 0, 100, 100), (0, 0, 1, 1), (0, 0, 9, 9)]       # IoU 1/2, 100/201, none, 1
-    assert metrics.box_accuracy(predictions, boxes) == (2 / 4, 4)
-    assert metrics.mean_iou(predictions, boxes) == (pytest.approx((1 / 2 + 100 / 201 + 0 + 1) / 4), 4)
+    assert support.metrics.box_accuracy(predictions, boxes) == (2 / 4, 4)
+    assert support.metrics.mean_iou(predictions, boxes) == (pytest.approx((1 / 2 + 100 / 201 + 0 + 1) / 4), 4)
 
 
 # -------------------------------------------------------------------------------------------------------- yes and no
@@ -267,18 +267,18 @@ def test_half_an_overlap_is_a_hit_and_no_box_is_a_miss_that_counts():
     ("nothing", "yes"), ("NO", "yes"), ("none", "yes"), ("Not", "yes"),
 ])
 def test_pope_reads_answers_as_the_official_script_does(text, answer):
-    assert metrics.pope_answer(text) == answer
+    assert support.metrics.pope_answer(text) == answer
 
 
 def test_pope_by_hand():
     #       tp tp fn fp tn tn tn tn
     said = ["yes", "Yes.", "no", "yes", "no", "No", "No, it is not.", "not here"]
     truth = ["yes", "yes", "Yes", "no", "no", "no", "No", "no"]
-    assert metrics.pope(said, truth) == pytest.approx(
+    assert support.metrics.pope(said, truth) == pytest.approx(
         {"accuracy": 6 / 8, "precision": 2 / 3, "recall": 2 / 3, "f1": 2 / 3, "yes_ratio": 3 / 8, "count": 8})
-    assert metrics.pope(["yes", "yes", "yes", "no"], ["yes", "no", "no", "yes"]) == pytest.approx(
+    assert support.metrics.pope(["yes", "yes", "yes", "no"], ["yes", "no", "no", "yes"]) == pytest.approx(
         {"accuracy": 1 / 4, "precision": 1 / 3, "recall": 1 / 2, "f1": 2 / 5, "yes_ratio": 3 / 4, "count": 4})
-    assert metrics.pope(["no"], ["no"]) == {
+    assert support.metrics.pope(["no"], ["no"]) == {
         "accuracy": 1, "precision": 0, "recall": 0, "f1": 0, "yes_ratio": 0, "count": 1}
 
 
@@ -287,7 +287,7 @@ def test_pope_by_hand():
     ("Not at all", "no"), ("I know", "other"), ("know", "no"), ("It is. Yes", "other"), ("", "other"),
 ])
 def test_mme_reads_the_first_four_letters(text, answer):
-    assert metrics.mme_answer(text) == answer
+    assert support.metrics.mme_answer(text) == answer
 
 
 def test_mme_by_hand():
@@ -297,26 +297,26 @@ def test_mme_by_hand():
             ("no", "No", "code_reasoning", "y"),                              # its partner was never asked
             ("yes", "yes", "shapes", "s"), ("no", "no", "shapes", "s")]       # of nobody's total
     rows = rows[::2] + rows[1::2]                                             # partners need not be neighbours
-    result = metrics.mme(*zip(*rows))
+    result = support.metrics.mme(*zip(*rows))
     assert result["subtasks"] == {
         "OCR": {"acc": 3 / 4, "acc+": 1 / 2, "score": 125, "count": 4, "images": 2},
         "count": {"acc": 1 / 2, "acc+": 0, "score": 50, "count": 2, "images": 1},
         "code_reasoning": {"acc": 1, "acc+": 1, "score": 200, "count": 3, "images": 1},
         "shapes": {"acc": 1, "acc+": 1, "score": 200, "count": 2, "images": 1}}
     assert (result["perception"], result["cognition"], result["count"]) == (175, 200, 11)
-    assert sum(map(len, metrics.MME_PARTS.values())) == 14
+    assert sum(map(len, support.metrics.MME_PARTS.values())) == 14
     with pytest.raises(AssertionError, match="two questions"):
-        metrics.mme(["no"] * 3, ["no"] * 3, ["OCR"] * 3, ["a"] * 3)
+        support.metrics.mme(["no"] * 3, ["no"] * 3, ["OCR"] * 3, ["a"] * 3)
 
 
 def test_what_does_not_fit_together_is_refused():
-    for f in (metrics.cider, metrics.vqa_accuracy, metrics.exact_match, metrics.box_accuracy, metrics.mean_iou,
-              metrics.pope):
+    for f in (support.metrics.cider, support.metrics.vqa_accuracy, support.metrics.exact_match, support.metrics.box_accuracy, support.metrics.mean_iou,
+              support.metrics.pope):
         for predictions, truths in (([], []), (["a"], []), ([], [["a"]])):
             with pytest.raises(AssertionError, match="predictions for"): f(predictions, truths)
-    for f in (metrics.cider, metrics.vqa_accuracy, metrics.exact_match):
+    for f in (support.metrics.cider, support.metrics.vqa_accuracy, support.metrics.exact_match):
         for truths in (["a string, not a list"], [[]]):
             with pytest.raises(AssertionError, match="list of strings"): f(["a"], truths)
-    for f in (metrics.pope, lambda p, t: metrics.mme(p, t, ["OCR"], ["a"])):
+    for f in (support.metrics.pope, lambda p, t: support.metrics.mme(p, t, ["OCR"], ["a"])):
         with pytest.raises(AssertionError, match="yes or no"): f(["yes"], ["maybe"])
-    assert all(math.isfinite(s) for s in metrics.cider_scores(["", "a"], [[""], ["", "b"]]))
+    assert all(math.isfinite(s) for s in support.metrics.cider_scores(["", "a"], [[""], ["", "b"]]))

@@ -10,8 +10,19 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import model as model_module
 from model import (
-    IGNORE, IMAGE, Cache, Config, InfMLLM, Llama, LlamaConfig, ViTConfig, flops, init,
-    resize_positions, summed_cross_entropy, trains,
+    IGNORE,
+    IMAGE,
+    Cache,
+    Config,
+    InfMLLM,
+    Llama,
+    LlamaConfig,
+    ViTConfig,
+    flops,
+    init,
+    resize_positions,
+    summed_cross_entropy,
+    trains,
 )
 
 P2 = 4        # visual tokens of the tiny model: grid 2

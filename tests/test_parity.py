@@ -4,7 +4,10 @@ import pytest
 import torch
 import transformers
 
-import checkpoint
+import weights.eva
+import weights.llama
+import weights.llava
+import weights.towers
 from model import IMAGE
 
 ROPE = {"linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -38,7 +41,7 @@ def assert_close(ours, theirs, dtype, tight):
 @pytest.mark.parametrize("kind", LLAMAS)
 def test_llama_gives_the_logits_of_transformers(kind, dtype, published, tmp_path, exact_norms):
     theirs = oracle.llama(**LLAMAS[kind])
-    ours = checkpoint.load_llama(oracle.folder(theirs, tmp_path, published)).to(dtype)
+    ours = weights.llama.load_llama(oracle.folder(theirs, tmp_path, published)).to(dtype)
     tokens = torch.randint(0, 96, (2, 100), generator=torch.Generator().manual_seed(1))
     with torch.no_grad(): assert_close(ours.head(ours(tokens)), theirs.to(dtype)(tokens).logits, dtype, 1e-10)
 
@@ -50,7 +53,7 @@ def test_clip_gives_hidden_state_minus_2_at_its_own_and_other_resolutions(size, 
     theirs = oracle.clip()
     if dtype == torch.float64: theirs = theirs.double()      # saved as float64: resized positions must not pass fp32
     folder = oracle.folder(theirs, tmp_path, published)
-    ours = checkpoint.load_vit(folder, None if size == 56 else size, dtype=dtype)
+    ours = weights.towers.load_vit(folder, None if size == 56 else size, dtype=dtype)
     images = torch.randn(2, 3, size, size, generator=torch.Generator().manual_seed(1)).to(dtype)
     with torch.no_grad():
         want = theirs(images, output_hidden_states=True, interpolate_pos_encoding=size != 56).hidden_states[-2]
@@ -60,7 +63,7 @@ def test_clip_gives_hidden_state_minus_2_at_its_own_and_other_resolutions(size, 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_the_eva_tower_equals_blip2s_up_to_its_last_block(dtype, tmp_path):
     theirs = oracle.blip2()
-    ours = checkpoint.load_vit(oracle.folder(theirs, tmp_path)).to(dtype)
+    ours = weights.towers.load_vit(oracle.folder(theirs, tmp_path)).to(dtype)
     images = torch.randn(2, 3, 56, 56, generator=torch.Generator().manual_seed(1)).to(dtype)
     last = []
     theirs.encoder.layers[-1].register_forward_hook(lambda module, inputs, out: last.append(out))
@@ -84,9 +87,9 @@ def test_an_eva_file_gives_what_blip2_gives(tmp_path):
         else: state[key] = t
     extra = {k.replace("blocks.0.", "blocks.4."): t for k, t in state.items() if k.startswith("blocks.0.")}
     torch.save(state | extra | {"head.weight": torch.ones(3, 48), "norm.bias": torch.ones(48)}, tmp_path / "eva.pth")
-    config = checkpoint.blip2_config(theirs.config.to_dict(), "a BLIP-2 tower")
-    ours = checkpoint.load_vit(tmp_path / "eva.pth", config=config)
-    again = checkpoint.load_vit(oracle.folder(theirs, tmp_path / "blip2"))
+    config = weights.eva.blip2_config(theirs.config.to_dict(), "a BLIP-2 tower")
+    ours = weights.towers.load_vit(tmp_path / "eva.pth", config=config)
+    again = weights.towers.load_vit(oracle.folder(theirs, tmp_path / "blip2"))
     for (name, a), (_, b) in zip(ours.named_parameters(), again.named_parameters()): assert torch.equal(a, b), name
 
 
@@ -94,7 +97,7 @@ def test_an_eva_file_gives_what_blip2_gives(tmp_path):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_llava_end_to_end_with_unequal_lengths_gives_its_logits(dtype, published, tmp_path, exact_norms):
     theirs = oracle.llava(num_key_value_heads=2)
-    ours = checkpoint.load_llava(oracle.folder(theirs, tmp_path, published)).to(dtype)
+    ours = weights.llava.load_llava(oracle.folder(theirs, tmp_path, published)).to(dtype)
     theirs, rng = theirs.to(dtype), torch.Generator().manual_seed(1)
     lengths, starts = [40, 31, 60, 12], [[2], [5], [1, 30], []]      # one image, one, two, none: 16 placeholders each
     tokens, mask = torch.randint(1, 96, (4, 60), generator=rng), torch.zeros(4, 60, dtype=torch.long)

@@ -7,7 +7,7 @@ import time
 import pytest
 import torch
 
-import report
+import support.plan
 import train
 from model import Config, InfMLLM, LlamaConfig, RMSNorm, ViTConfig, init
 
@@ -71,15 +71,15 @@ def test_the_memory_of_layers_is_what_autograd_keeps_of_them(stage, tune):
     s = {"stage": stage, "tune": tune, "rows": 3, "text": 40, "answer": 8, "dtype": "fp32", "recompute": False}
     make = lambda layers: Config(ViTConfig(32, 4, 32, layers, 4, 96), LlamaConfig(128, 64, layers, 4, 2, 160), grid=4)
     few, many = make(2), make(6)                                         # the ends are equal and fall out
-    calculated = report.kept(many, s) - report.kept(few, s)
+    calculated = support.plan.kept(many, s) - support.plan.kept(few, s)
     assert calculated == pytest.approx(saved_bytes(many, s) - saved_bytes(few, s), rel=0.03)
 
 
 def test_recomputing_and_sharding_make_it_less():
     s = {"stage": 3, "rows": 4, "text": 64, "answer": 16, "dtype": "bf16", "recompute": False}
     with torch.device("meta"): model = InfMLLM(train.models.PRESETS["small"]()).freeze(3)
-    plain, shard = report.memory(model, s), report.memory(model, s, 8, sharded=True)
-    again = report.memory(model, s | {"recompute": True})
+    plain, shard = support.plan.memory(model, s), support.plan.memory(model, s, 8, sharded=True)
+    again = support.plan.memory(model, s | {"recompute": True})
     assert again["activations"] < plain["activations"] and shard["optimizer"] * 8 == pytest.approx(plain["optimizer"])
     assert plain["optimizer"] == 2 * plain["gradients"] and sum(shard.values()) < sum(plain.values())
 
@@ -102,4 +102,4 @@ def test_mfu_counts_what_a_stage_needs_and_images_apart_from_rows():
     config = Config(ViTConfig(32, 4, 32, 2, 4, 96), LlamaConfig(128, 64, 2, 4, 2, 160), grid=4)
     batch = type("Batch", (), {"tokens": torch.zeros(6, 56), "images": torch.zeros(2, 1), "supervised": 48})
     vit, adapter, llm, head = train.models.flops(config, 40, 8, 2).values()
-    assert report.arithmetic(config, {"stage": 2}, batch) == 2 * (vit + adapter) + 6 * (llm + head)
+    assert support.plan.arithmetic(config, {"stage": 2}, batch) == 2 * (vit + adapter) + 6 * (llm + head)

@@ -2,6 +2,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 
@@ -9,10 +10,12 @@ import pytest
 import tiny
 import torch
 
-import checkpoint
-import report
+import support.log
 import train
-from data import BadInput
+import weights
+import weights.checkpoint
+import weights.files
+from support.errors import BadInput
 
 FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-every", "0"]
 
@@ -58,13 +61,13 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
         kills, while_writing = kills + 1, while_writing + bool(list(out.glob("*.new")))
     assert process.exitcode == 0, tiny.said(here)[-3000:]
     assert kills >= 5 and while_writing >= 1, (kills, while_writing)
-    assert contents(checkpoint.find(out)) == contents(here / "straight/step-00000040")
+    assert contents(weights.checkpoint.find(out)) == contents(here / "straight/step-00000040")
     assert tiny.losses(out) == tiny.losses(here / "straight") and len(tiny.losses(out)) == 40
     left = sorted(p.name for p in out.iterdir())
     assert left == ["log.jsonl", "step-00000038", "step-00000040"], left
 
 
-def logged(out): return max((r["step"] for r in report.records(out)), default=0)
+def logged(out): return max((r["step"] for r in support.log.records(out)), default=0)
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
@@ -75,7 +78,7 @@ def test_a_signal_to_any_rank_saves_within_a_step_and_leaves_with_0(world, here,
     os.kill(processes[-1].pid, number)
     assert tiny.finish(processes) == [0] * ranks, tiny.said(here)[-3000:]
     logged = max(tiny.losses(here / "o"))
-    assert checkpoint.find(here / "o").name == f"step-{logged:08d}" and logged < 100
+    assert weights.checkpoint.find(here / "o").name == f"step-{logged:08d}" and logged < 100
     assert f"stopped at step {logged}; python train.py --stage 1 --out" in tiny.said(here)
 
 
@@ -102,7 +105,7 @@ def test_a_run_goes_on_with_other_ranks_sharded_or_not_on_the_same_curve(world, 
         codes = tiny.finish(tiny.start(here, *flags(world, 3, "--resume", "--out", out, *second[1]), world=second[0]))
         assert codes == [0] * second[0], tiny.said(here)[-3000:]
         assert tiny.losses(out) == pytest.approx(curve, rel=0, abs=1e-5) and len(curve) == 12
-        ours, theirs = (checkpoint.load_tensors(checkpoint.find(folder) / "optimizer.safetensors")
+        ours, theirs = (weights.files.load_tensors(weights.checkpoint.find(folder) / "optimizer.safetensors")
                         for folder in (out, here / "one"))
         assert ours.keys() == theirs.keys() and ours["steps"] == 12
 
@@ -115,7 +118,7 @@ def test_a_finished_run_has_nothing_to_do_and_an_empty_one_starts(world, here, c
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_which(world, here, capsys, monkeypatch):
-    write, calls = checkpoint.save_file, []
+    write, calls = weights.files.save_file, []
 
     def full(tensors, path, metadata):
         calls.append(path)
@@ -123,21 +126,21 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_which(world, here
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
         write(tensors, path, metadata=metadata)
-    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(weights.files, "save_file", full)
     assert run(*flags(world, 1, "--steps", 6, "--save-every", 2, "--out", here / "o")) == 2
     sentence = capsys.readouterr().err
     assert "step-00000004: the checkpoint cannot be written ([Errno 28] No space left" in sentence
     assert f"the last whole one is {here}/o/step-00000002; make room and --resume" in sentence
     assert sorted(p.name for p in (here / "o").iterdir()) == ["log.jsonl", "step-00000002"]
-    checkpoint.verify(here / "o/step-00000002")
-    monkeypatch.setattr(checkpoint, "save_file", write)
+    weights.checkpoint.verify(here / "o/step-00000002")
+    monkeypatch.setattr(weights.files, "save_file", write)
     assert run(*flags(world, 1, "--resume", "--out", here / "o")) == 0
     assert len(tiny.losses(here / "o")) == 6
 
 
 def test_a_resumed_run_refuses_other_settings_other_data_and_another_models_state(world, here, capsys):
     assert run(*flags(world, 1, "--steps", 4, "--save-every", 2, "--keep", 9, "--out", here / "o")) == 0
-    checkpoint.shutil.rmtree(here / "o/step-00000004")
+    shutil.rmtree(here / "o/step-00000004")
     for more, sentence in ((("--seed", 1), "--seed: the run in"), (("--steps", 9), "has 4 and not 9; leave it out"),
                            (("--lr", "1"), "--lr: the run in"), (("--stage", 2), "is of stage 1; resume that")):
         capsys.readouterr()
@@ -152,9 +155,9 @@ def test_a_resumed_run_refuses_other_settings_other_data_and_another_models_stat
     assert "the data have changed since" in capsys.readouterr().err
     rewrite(state, good)
     optimizer = state.with_name("optimizer.safetensors")
-    tensors = checkpoint.load_tensors(optimizer)
+    tensors = weights.files.load_tensors(optimizer)
     del tensors["adapter.fc1.weight.exp_avg"]
-    checkpoint.save_tensors(tensors, optimizer)
+    weights.files.save_tensors(tensors, optimizer)
     rewrite(optimizer, optimizer.read_bytes())
     assert run(*flags(world, 1, "--resume", "--out", here / "o")) == 2
     assert "its optimizer state is another model's (adapter.fc1.weight.exp_avg)" in capsys.readouterr().err
@@ -167,7 +170,7 @@ def rewrite(path, content):
     """A file of a checkpoint replaced by one that its checksums vouch for."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     sums = json.loads((path.parent / "checksums.json").read_text())
-    sums[path.name] = [path.stat().st_size, checkpoint.checksum(path)]
+    sums[path.name] = [path.stat().st_size, weights.checkpoint.checksum(path)]
     (path.parent / "checksums.json").write_text(json.dumps(sums))
 
 
@@ -175,4 +178,4 @@ def test_the_newest_checkpoints_stay_and_minutes_count_too(world, here):
     assert run(*flags(world, 1, "--steps", 6, "--save-every", 0, "--save-minutes", "1e-9", "--keep", 3,
                       "--out", here / "o")) == 0
     assert [p.name for p in sorted((here / "o").glob("step-*"))] == [f"step-{n:08d}" for n in (4, 5, 6)]
-    with pytest.raises(BadInput): checkpoint.find(here / "nothing")
+    with pytest.raises(BadInput): weights.checkpoint.find(here / "nothing")

@@ -14,10 +14,13 @@ import torch
 from PIL import Image
 from test_weights import released
 
-import checkpoint
 import sample
-from data import SYSTEM, BadInput, Tokenizer, encode_prompt, prompt
+import support.drawing
+import weights.checkpoint
 from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+from support.errors import BadInput
+from text.templates import SYSTEM, prompt
+from text.tokenizer import Tokenizer, encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets/toy/tokenizer.model"
@@ -45,7 +48,7 @@ def tiny():
 def made(tmp_path_factory):
     """A folder with a checkpoint and pictures: one wide, one tall, one small."""
     folder = tmp_path_factory.mktemp("sample")
-    checkpoint.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
+    weights.checkpoint.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
     (folder / "photos").mkdir()
     rng = np.random.default_rng(0)
     for name, (w, h) in {"wide": (90, 40), "tall": (40, 90), "small": (24, 24)}.items():
@@ -187,12 +190,12 @@ def test_every_task_answers_on_a_picture_and_on_a_folder(made, capsys, tmp_path,
     if task == "region":                                       # the box that was asked about is drawn
         drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
         (h, w), box = drawn.shape[:2], [float(v) for v in text.split(",")]
-        assert (drawn[round((box[1] + box[3]) / 2 * h), round(box[0] * w) - 1] == sample.NAMED).all()
+        assert (drawn[round((box[1] + box[3]) / 2 * h), round(box[0] * w) - 1] == support.drawing.NAMED).all()
     code, out, err = command(capsys, *argv, "--image", made / "photos", "--save", tmp_path / "b.png")
     lines = out.splitlines()
     assert (code, err, len(lines)) == (0, "", 3) and [Path(line.split(": ")[0]).stem for line in lines] == \
         ["small", "tall", "wide"]
-    assert Image.open(tmp_path / "b.png").width == 3 * (sample.CELL + 8) + 8
+    assert Image.open(tmp_path / "b.png").width == 3 * (support.drawing.CELL + 8) + 8
     if task in ("caption", "ground"):
         alone = command(capsys, *argv, "--image", made / "photos/wide.png")[1]
         assert lines[2].endswith(alone.strip()), "a folder gives what each picture gives alone"
@@ -249,7 +252,7 @@ def test_without_a_checkpoint_it_takes_the_newest_or_says_what_makes_one(made, t
     assert code == 2 and "python train.py --stage all" in err
     (tmp_path / "out/stage3").mkdir(parents=True)              # a run that has saved nothing yet
     for name, age in (("stage1/step-00000100", 5), ("stage2/step-00000002", 9), ("stage1/step-00000020", 1)):
-        checkpoint.save(tmp_path / "out" / name, tiny(), Tokenizer(TOKENIZER))
+        weights.checkpoint.save(tmp_path / "out" / name, tiny(), Tokenizer(TOKENIZER))
         os.utime(tmp_path / "out" / name / "config.json", (age, age))
     assert str(sample.newest()) == "out/stage2/step-00000002"
     named, _ = sample.load_model("out/stage1/step-00000020/model.safetensors", device="cpu")       # as some name it
@@ -282,12 +285,12 @@ def test_a_drawn_box_is_where_it_was_named_and_its_label_is_read_on_any_ground(g
     image = Image.new("RGB", (640, 480), "black" if ground == "noise" else ground)
     if ground == "noise": image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8))
     for box in ((0.25, 0.5, 0.75, 0.9), (0.0, 0.0, 1.0, 1.0), (0.9, 0.01, 1.0, 0.05)):
-        drawn = np.asarray(sample.draw_boxes(image, [(box, "a small dog", sample.NAMED)])).astype(int)
+        drawn = np.asarray(support.drawing.draw_boxes(image, [(box, "a small dog", support.drawing.NAMED)])).astype(int)
         x1, y1, x2, y2 = (round(v * s) for v, s in zip(box, (640, 480) * 2))
-        named = abs(drawn - sample.NAMED).sum(2) < 30
+        named = abs(drawn - support.drawing.NAMED).sum(2) < 30
         assert named.sum() > 500
         middle = drawn[(y1 + y2) // 2]
-        assert any(abs(middle[min(x, 639)] - sample.NAMED).sum() < 30 for x in range(max(0, x1 - 3), x1 + 4))
+        assert any(abs(middle[min(x, 639)] - support.drawing.NAMED).sum() < 30 for x in range(max(0, x1 - 3), x1 + 4))
         letters = drawn[named.any(1)].sum(2) < 60
         assert letters.sum() > 40, "dark letters on the label's own ground, whatever is behind it"
 
@@ -295,9 +298,9 @@ def test_a_drawn_box_is_where_it_was_named_and_its_label_is_read_on_any_ground(g
 def test_labels_stay_inside_the_picture():
     image, long = Image.new("RGB", (60, 60), "white"), "a label that is far too long for such a small picture " * 2
     for box in ((0.0, 0.0, 0.1, 0.1), (0.9, 0.9, 1.0, 1.0), (0.4, 0.0, 0.6, 1.0)):
-        drawn = sample.draw_boxes(image, [(box, long, sample.WRONG)])
+        drawn = support.drawing.draw_boxes(image, [(box, long, support.drawing.WRONG)])
         assert drawn.size == (448, 448), "small pictures grow, so that the label can be read"
-        assert (abs(np.asarray(drawn).astype(int) - sample.WRONG).sum(2) < 30).sum() > 2000
+        assert (abs(np.asarray(drawn).astype(int) - support.drawing.WRONG).sum(2) < 30).sum() > 2000
 
 
 def test_labels_of_boxes_that_nearly_coincide_do_not_hide_one_another():
@@ -305,17 +308,17 @@ def test_labels_of_boxes_that_nearly_coincide_do_not_hide_one_another():
     for box in ((0.2, 0.3, 0.6, 0.8), (0.0, 0.0, 1.0, 1.0), (0.3, 0.0, 0.7, 0.5), (0.3, 0.5, 0.7, 1.0)):
         near = tuple(v * 0.98 for v in box)
         ground = lambda drawn, colour: (abs(np.asarray(drawn).astype(int) - colour).sum(2) < 12).sum()
-        both = sample.draw_boxes(image, [(box, "a thing", sample.TRUE), (near, "a thing", sample.NAMED)])
-        alone = [sample.draw_boxes(image, [(b, "a thing", c)]) for b, c in ((box, sample.TRUE), (near, sample.NAMED))]
-        bare = [sample.draw_boxes(image, [(b, "", c)]) for b, c in ((box, sample.TRUE), (near, sample.NAMED))]
-        for one, line, colour in zip(alone, bare, (sample.TRUE, sample.NAMED)):
+        both = support.drawing.draw_boxes(image, [(box, "a thing", support.drawing.TRUE), (near, "a thing", support.drawing.NAMED)])
+        alone = [support.drawing.draw_boxes(image, [(b, "a thing", c)]) for b, c in ((box, support.drawing.TRUE), (near, support.drawing.NAMED))]
+        bare = [support.drawing.draw_boxes(image, [(b, "", c)]) for b, c in ((box, support.drawing.TRUE), (near, support.drawing.NAMED))]
+        for one, line, colour in zip(alone, bare, (support.drawing.TRUE, support.drawing.NAMED)):
             label = ground(one, colour) - ground(line, colour)
             assert ground(both, colour) > 0.8 * label, (box, colour)
 
 
 def test_a_sheets_rows_are_as_tall_as_their_own_texts(tmp_path):
     texts = ["short"] * 4 + ["some words that need more lines " * 4]
-    cells = [(Image.new("RGB", (9, 9)), [], text, sample.RIGHT) for text in texts]
-    sample.sheet(cells[:4], tmp_path / "short.png"), sample.sheet(cells, tmp_path / "both.png")
+    cells = [(Image.new("RGB", (9, 9)), [], text, support.drawing.RIGHT) for text in texts]
+    support.drawing.sheet(cells[:4], tmp_path / "short.png"), support.drawing.sheet(cells, tmp_path / "both.png")
     short, both = (Image.open(tmp_path / f"{name}.png").height for name in ("short", "both"))
     assert both - short > short + 40, "the second row has room for four lines, the first for one"

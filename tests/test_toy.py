@@ -13,8 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import tools.backbones
 import toy
-from data import BadInput, Data, Tokenizer, parse_box
+from data import Data
+from support.errors import BadInput
+from text.boxes import parse_box
+from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parent.parent
 SCENES = [toy.scene(0, split, n) for split in toy.SPLITS for n in range(250)]
@@ -230,11 +234,11 @@ def test_the_command_writes_a_world_and_refuses_nonsense_with_exit_code_2(tmp_pa
 
 
 def test_the_shipped_tokenizer_is_what_the_code_trains(tmp_path):
-    toy.train_tokenizer(tmp_path / "tokenizer.model")
+    tools.backbones.train_tokenizer(tmp_path / "tokenizer.model")
     trained, shipped = Tokenizer(tmp_path), Tokenizer(ROOT / "assets/toy")
     vocabulary = lambda t: [t.model.id_to_piece(i) for i in range(t.size)]
     assert vocabulary(trained) == vocabulary(shipped)
-    for text in toy.texts(seed=9, scenes=30):
+    for text in tools.backbones.texts(seed=9, scenes=30):
         assert shipped.decode(shipped.encode(text)) == text and trained.encode(text) == shipped.encode(text)
     box = [shipped.model.id_to_piece(i) for i in shipped.encode("<box>(0.12,0.34),(1.00,0.00)</box>")]
     assert box == ["▁", "<box>(", "0.12", ",", "0.34", "),(", "1.00", ",", "0.00", ")</box>"]

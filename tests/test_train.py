@@ -7,11 +7,16 @@ import pytest
 import tiny
 import torch
 
-import checkpoint
-import start
+import support.files
+import support.ranks
+import support.start
 import train
-from data import BadInput, Data, Tokenizer
+import weights.checkpoint
+import weights.files
+from data import Data
 from model import trains
+from support.errors import BadInput
+from text.tokenizer import Tokenizer
 
 FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-rows", "12"]
 
@@ -45,7 +50,7 @@ def refused(capsys, *argv):
 
 def hashes(folder):
     return {name: hashlib.sha256(t.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
-            for name, t in checkpoint.load_tensors(checkpoint.find(folder) / "model.safetensors").items()}
+            for name, t in weights.files.load_tensors(weights.checkpoint.find(folder) / "model.safetensors").items()}
 
 
 def held_out(folder):
@@ -72,7 +77,7 @@ def test_frozen_weights_are_saved_with_the_bits_they_came_with_whatever_the_arit
     assert run("--stage", 1, "--init", "start", "--out", here, "--steps", 2, "--dtype", "bf16") == 0
     before, after = hashes(world / "start"), hashes(here)
     for name in after: assert (before[name] != after[name]) == trains(name, 1), name
-    assert checkpoint.read_json(checkpoint.find(here) / "state.json")["settings"]["dtype"] == "bf16"
+    assert support.files.read_json(weights.checkpoint.find(here) / "state.json")["settings"]["dtype"] == "bf16"
 
 
 def test_recomputing_activations_changes_no_loss(here):
@@ -85,9 +90,9 @@ def test_another_adapter_starts_fresh_and_another_grid_is_taken(here, capsys):
     assert run("--stage", 1, "--init", "start", "--out", here / "r", "--steps", 2, "--adapter", "resampler") == 0
     assert "fresh (resampler" in capsys.readouterr().out
     assert run("--stage", 2, "--init", here / "r", "--out", here / "g", "--steps", 2, "--eval-every", 0) == 0
-    assert checkpoint.load(here / "g").config.adapter == "resampler"
+    assert weights.checkpoint.load(here / "g").config.adapter == "resampler"
     assert run("--stage", 1, "--init", "start", "--out", here / "p", "--steps", 2, "--grid", 4, "--image-size", 32) == 0
-    config = checkpoint.load(here / "p").config
+    config = weights.checkpoint.load(here / "p").config
     assert (config.visual_tokens, config.vit.image_size) == (16, 32)
 
 
@@ -99,7 +104,7 @@ def test_an_update_is_adamw_with_clipping_and_a_bad_gradient_leaves_everything_a
     ours = list(model.parameters())
     theirs = [torch.nn.Parameter(p.detach().clone()) for p in ours]
     s = {"lr": {"llm": 2e-2, "vit": 1e-2}, "weight_decay": 0.1, "warmup": 0.0, "steps": 100}
-    run = train.Run(s, None, None, train.Ranks(0, 1, torch.device("cpu"), None), model)
+    run = train.Run(s, None, None, support.ranks.Ranks(0, 1, torch.device("cpu"), None), model)
     train.make_optimizer(run)
     peaks, decays = (2e-2, 2e-2, 1e-2, 1e-2), (0.1, 0, 0, 0)               # matrix, bias; weight and bias of the norm
     reference = torch.optim.AdamW([{"params": [p], "weight_decay": decay} for p, decay in zip(theirs, decays)],
@@ -164,8 +169,8 @@ def steps_of(world, folder, dtype, count, *extra):
             codes = [train.main([str(a) for a in argv])]
     assert codes == [0] * count, tiny.said(folder)[-3000:]
     assert "returned a view" not in tiny.said(folder), "fully_shard hangs its work on what a layer returns"
-    weights = checkpoint.load_tensors(checkpoint.find(folder / name) / "model.safetensors")
-    return weights, list(tiny.losses(folder / name).values()), torch.load(folder / "gradients", weights_only=True)
+    tensors = weights.files.load_tensors(weights.checkpoint.find(folder / name) / "model.safetensors")
+    return tensors, list(tiny.losses(folder / name).values()), torch.load(folder / "gradients", weights_only=True)
 
 
 def test_many_processes_take_the_steps_of_one(world, here):
@@ -260,8 +265,8 @@ def test_updates_without_a_finite_gradient_are_skipped_counted_and_three_in_a_ro
     when |= {4}
     sentence = refused(capsys, *common, *FAST, "--out", here / "b", "--steps", 8, "--save-every", 2)
     assert "3 updates in a row had no finite gradient" in sentence and "the last good checkpoint is in" in sentence
-    assert checkpoint.find(here / "b").name == "step-00000004"
-    assert all(torch.isfinite(p).all() for p in checkpoint.load(here / "b").parameters())
+    assert weights.checkpoint.find(here / "b").name == "step-00000004"
+    assert all(torch.isfinite(p).all() for p in weights.checkpoint.load(here / "b").parameters())
 
 
 def test_samples_that_cannot_be_read_are_replaced_counted_and_named_until_too_many(here, capsys, monkeypatch):
@@ -292,13 +297,13 @@ def test_a_batch_without_a_supervised_token_stops_the_run(here, capsys, monkeypa
 def test_weights_that_are_not_finite_and_a_tokenizer_too_large_are_refused_at_the_start(here, world, capsys):
     model = tiny.model()
     model.vit.blocks[1].fc1.weight.data[0, 0] = math.nan
-    checkpoint.save(here / "nan", model, Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
+    weights.checkpoint.save(here / "nan", model, Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
     assert "vit.blocks.1.fc1.weight: the weights to start from are not finite" in refused(
         capsys, "--stage", 1, "--init", here / "nan", "--out", here / "o")
     model = tiny.model()
     model.llm = type(model.llm)(train.replace(model.config.llm, vocab=99))
     model.config.llm = model.llm.config
-    checkpoint.save(here / "few", train.models.init(model), Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
+    weights.checkpoint.save(here / "few", train.models.init(model), Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
     assert "embeddings; take the one that belongs to it" in refused(
         capsys, "--stage", 1, "--init", here / "few", "--out", here / "o")
 
@@ -311,6 +316,6 @@ def test_tensorboard_that_is_not_installed_is_said(here, capsys, monkeypatch):
 
 def test_toy_backbones_that_are_not_there_are_asked_for(tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(start, "TOY_START", tmp_path / "none")
-    assert "python toy.py backbones makes them" in refused(capsys, "--stage", 1)
+    monkeypatch.setattr(support.start, "TOY_START", tmp_path / "none")
+    assert "python -m tools.backbones makes them" in refused(capsys, "--stage", 1)
     with pytest.raises(BadInput): train.plot(tmp_path)

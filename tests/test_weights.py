@@ -6,13 +6,25 @@ import oracle
 import pytest
 import torch
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel, CLIPVisionModel, LlamaConfig, LlamaForCausalLM
-from transformers import LlavaConfig, LlavaForConditionalGeneration
+from transformers import (
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+)
 
-import checkpoint
-from data import BadInput
+import weights.clip
+import weights.eva
+import weights.infmllm
+import weights.llama
+import weights.llava
+import weights.rename
 from model import EVA_G, IMAGE, PRESETS, Config, InfMLLM, Llama, ViT, ViTConfig, count, init
 from model import LlamaConfig as OurLlamaConfig
+from support.errors import BadInput
 
 # as their config.json say on the hub
 LLAMA2_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
@@ -54,9 +66,9 @@ def llama_published(config):
 
 @pytest.mark.parametrize("config", [LLAMA2_7B, TINYLLAMA])
 def test_every_tensor_of_the_real_llamas_finds_its_place(config):
-    ours = checkpoint.on_meta(Llama, c := checkpoint.llama_config(config, "config"))
+    ours = weights.rename.on_meta(Llama, c := weights.llama.llama_config(config, "config"))
     shapes = llama_published(config)
-    plan = checkpoint.moves(ours, shapes, checkpoint.llama(c), "LLaMA")
+    plan = weights.rename.moves(ours, shapes, weights.llama.llama(c), "LLaMA")
     assert len(plan) == len(shapes)
     used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
     assert used == count(ours) and {k for k, t in plan if not any(t)} == {k for k in shapes if "inv_freq" in k}
@@ -66,15 +78,15 @@ def test_every_tensor_of_clip_finds_its_place_with_and_without_its_text_half():
     whole = shapes_of(lambda: CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_L_336)))
     whole |= {"vision_model.embeddings.position_ids": (1, 577), "text_model.embeddings.position_ids": (1, 77)}
     alone = shapes_of(lambda: CLIPVisionModel(hf_config(oracle.CLIPVisionConfig, CLIP_L_336)))
-    ours = checkpoint.on_meta(ViT, c := checkpoint.clip_config(CLIP_L_336, "config"))
-    table = checkpoint.prefixed(checkpoint.clip(c), "vision_model.") | checkpoint.clip(c) | checkpoint.CLIP_TEXT
+    ours = weights.rename.on_meta(ViT, c := weights.clip.clip_config(CLIP_L_336, "config"))
+    table = weights.rename.prefixed(weights.clip.clip(c), "vision_model.") | weights.clip.clip(c) | weights.clip.CLIP_TEXT
     for shapes in (whole, alone, {"vision_model." + k: s for k, s in alone.items()}):
-        plan = checkpoint.moves(ours, shapes, table, "CLIP")
+        plan = weights.rename.moves(ours, shapes, table, "CLIP")
         used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
         assert used == count(ours) == count(InfMLLM_on_meta("llava-7b").vit)
 
 
-def InfMLLM_on_meta(preset): return checkpoint.on_meta(InfMLLM, PRESETS[preset]())
+def InfMLLM_on_meta(preset): return weights.rename.on_meta(InfMLLM, PRESETS[preset]())
 
 
 @pytest.mark.parametrize("prefix", ["vision_tower.vision_model.", "vision_tower."])
@@ -90,10 +102,10 @@ def test_every_tensor_of_llava_finds_its_place(prefix):
         return k.replace("vision_tower.", prefix)
 
     shapes = {published(k): s for k, s in shapes.items()}
-    c = Config(checkpoint.clip_config(LLAVA_VISION, ""), checkpoint.llama_config(LLAVA_TEXT, ""), adapter="mlp",
+    c = Config(weights.clip.clip_config(LLAVA_VISION, ""), weights.llama.llama_config(LLAVA_TEXT, ""), adapter="mlp",
                ln_vision=False)
-    ours = checkpoint.on_meta(InfMLLM, c)
-    plan = checkpoint.moves(ours, shapes, checkpoint.llava(c), "LLaVA")
+    ours = weights.rename.on_meta(InfMLLM, c)
+    plan = weights.rename.moves(ours, shapes, weights.llava.llava(c), "LLaVA")
     sizes = {k: torch.Size(s).numel() for k, s in shapes.items()}
     dropped = {k for k, targets in plan if not any(targets)}
     used = sum(sizes.values()) - sum(sizes[k] for k in dropped)
@@ -103,8 +115,8 @@ def test_every_tensor_of_llava_finds_its_place(prefix):
 
 def test_every_tensor_of_eva_g_and_of_the_released_infmllm_finds_its_place():
     shapes = eva_g() | {"norm.weight": (1408,), "norm.bias": (1408,), "head.weight": (1000, 1408), "head.bias": (1000,)}
-    ours = checkpoint.on_meta(ViT, c := ViTConfig(224, **EVA_G))
-    plan = checkpoint.moves(ours, shapes, checkpoint.eva(c), "EVA")
+    ours = weights.rename.on_meta(ViT, c := ViTConfig(224, **EVA_G))
+    plan = weights.rename.moves(ours, shapes, weights.eva.eva(c), "EVA")
     dropped = {k for k, targets in plan if not any(targets)}
     assert dropped == {k for k in shapes if k.startswith(("blocks.39.", "norm.", "head."))}
     assert sum(torch.Size(shapes[k]).numel() for k in shapes if k not in dropped) == count(ours)
@@ -114,7 +126,7 @@ def test_every_tensor_of_eva_g_and_of_the_released_infmllm_finds_its_place():
               | {"ln_vision.weight": (1408,), "ln_vision.bias": (1408,), "pooler.mlp.0.weight": (4096, 1408),
                  "pooler.mlp.0.bias": (4096,), "pooler.mlp.2.weight": (4096, 4096), "pooler.mlp.2.bias": (4096,)})
     ours = InfMLLM_on_meta("infmllm-7b")
-    plan = checkpoint.moves(ours, shapes, checkpoint.infmllm(ours.config), "InfMLLM_7B")
+    plan = weights.rename.moves(ours, shapes, weights.infmllm.infmllm(ours.config), "InfMLLM_7B")
     used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
     assert used == count(ours) and {k for k, t in plan if not any(t)} == {k for k in shapes if "inv_freq" in k}
 
@@ -138,7 +150,7 @@ TINY = dict(vit=ViTConfig(64, 8, 24, 2, 3, 40), llm=OurLlamaConfig(40, 32, 2, 4,
 
 def released(model):
     """A state dict under the names of the released file, values from our model."""
-    table = checkpoint.infmllm(model.config)
+    table = weights.infmllm.infmllm(model.config)
     ours, state = dict(model.named_parameters()), {}
     for theirs, name in table.items():
         for i in range(model.config.vit.layers) if name and "{}" in name else [0]:
@@ -155,7 +167,7 @@ def test_the_released_layout_loads_and_its_visual_embeddings_are_the_formula(tmp
         for p in source.parameters(): p.add_(0.2 * torch.randn(p.shape, generator=rng))
     state = released(source)
     torch.save({"model_state_dict": {"module." + k: v for k, v in state.items()}, "epoch": 3}, tmp_path / "InfMLLM.pth")
-    model = checkpoint.load_infmllm(tmp_path / "InfMLLM.pth", Config(**TINY))
+    model = weights.infmllm.load_infmllm(tmp_path / "InfMLLM.pth", Config(**TINY))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters()))
 
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
@@ -180,12 +192,12 @@ def test_missing_left_over_and_misshapen_tensors_are_named(harm, says, tmp_path)
     state = released(InfMLLM(Config(**TINY)))
     harm(state)
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(BadInput, match=says): checkpoint.load_infmllm(tmp_path / "x.pth", Config(**TINY))
+    with pytest.raises(BadInput, match=says): weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
 
 
 def test_at_most_ten_wrong_tensors_are_listed(tmp_path):
     torch.save({f"wrong{i}": torch.ones(1) for i in range(30)}, tmp_path / "x.pth")
-    with pytest.raises(BadInput) as e: checkpoint.load_infmllm(tmp_path / "x.pth", Config(**TINY))
+    with pytest.raises(BadInput) as e: weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
     assert str(e.value).count(": left over") == 10 and "take the file" in str(e.value)
 
 
@@ -196,14 +208,14 @@ class Attack:
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     torch.save({"x": Attack(tmp_path / "marker")}, tmp_path / "x.pth")
-    with pytest.raises(BadInput, match="refused"): checkpoint.load_infmllm(tmp_path / "x.pth", Config(**TINY))
+    with pytest.raises(BadInput, match="refused"): weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
     assert not (tmp_path / "marker").exists()
 
 
 def test_configs_that_are_not_llama_are_refused():
     for harm in (dict(model_type="mistral"), dict(attention_bias=True), dict(head_dim=64), dict(hidden_act="gelu"),
                  dict(rope_scaling={"type": "yarn", "factor": 4.0})):
-        with pytest.raises(BadInput, match="not LLaMA"): checkpoint.llama_config(LLAMA2_7B | harm, "config.json")
+        with pytest.raises(BadInput, match="not LLaMA"): weights.llama.llama_config(LLAMA2_7B | harm, "config.json")
 
 
 def test_images_placeholder_is_not_a_token_id(): assert IMAGE < 0
@@ -213,12 +225,12 @@ PEAK = """
 import sys, torch
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import checkpoint
+import weights
 def peak(): return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) * 1024
-checkpoint.load_llama({warm!r}, torch.bfloat16)
+weights.llama.load_llama({warm!r}, torch.bfloat16)
 Path("/proc/self/clear_refs").write_text("5")          # the high-water mark starts again from what is held now
 before = peak()
-model = checkpoint.load_llama({path!r}, torch.bfloat16)
+model = weights.llama.load_llama({path!r}, torch.bfloat16)
 print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parameters()))
 """
 

@@ -10,9 +10,10 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-import checkpoint
-from data import Tokenizer
+import support.ranks
+import weights.checkpoint
 from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets/toy/tokenizer.model"
@@ -49,7 +50,7 @@ def world(folder, scenes=24, stages=(1, 2, 3)):
     for name, used in {"stage1": ["captions"], "stage2": ["captions", "vqa"], "stage3": ["vqa", "chat"],
                        "heldout": ["captions", "vqa", "chat"]}.items():
         (toy / f"{name}.toml").write_text("\n".join(tables[t] for t in used))
-    checkpoint.save(Path(folder) / "start", model(), Tokenizer(TOKENIZER), {"preset": "toy"})
+    weights.checkpoint.save(Path(folder) / "start", model(), Tokenizer(TOKENIZER), {"preset": "toy"})
     return Path(folder)
 
 
@@ -84,7 +85,7 @@ def child(folder, argv, env, record, slow):
         time.sleep(slow)
     if record: train.gradients = recording(train, record)
     if slow: train.update = slowed
-    checkpoint.PATIENCE = 1                                              # the ranks of a test stand side by side
+    support.ranks.PATIENCE = 1                                              # the ranks of a test stand side by side
     Path("begun").write_text(str(os.getpid()))
     code = train.main([str(a) for a in argv])
     sys.stdout.flush()

@@ -1,19 +1,20 @@
 """Every performance claim of this project, measured side by side in one run.
 
-    python bench.py pool         # the pooling kernel against eager, torch.compile and the device's copy bandwidth
-    python bench.py decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
-    python bench.py step         # an update against transformers', per stage, at two shapes; loop: the loop's cost
-    python bench.py memory       # the peak of an update against transformers', each in a process of its own
-    python bench.py profile      # the kernels of an update by time, per stage, ours and transformers'
-    python bench.py growth       # time and memory of an update as batch, text, visual tokens and image size double
-    python bench.py limit --preset infmllm-7b       # MFU and memory of each stage, bandwidth of decoding: for a GPU
-    python bench.py data         # opening and reading a million records; the loader against a bare Pillow loop
-    python bench.py loader       # that last part alone
+    python -m tools.bench pool         # the pooling kernel against eager, torch.compile and the device's copy bandwidth
+    python -m tools.bench decode       # generation against transformers', same weights, at toy size; decode-small: 1.1B
+    python -m tools.bench step         # an update against transformers', per stage, at two shapes; loop: the loop's cost
+    python -m tools.bench memory       # the peak of an update against transformers', each in a process of its own
+    python -m tools.bench profile      # the kernels of an update by time, per stage, ours and transformers'
+    python -m tools.bench growth       # time and memory of an update as batch, text, visual tokens and image size double
+    python -m tools.bench limit --preset infmllm-7b       # MFU and memory of each stage, bandwidth of decoding: for a GPU
+    python -m tools.bench data         # opening and reading a million records; the loader against a bare Pillow loop
+    python -m tools.bench loader       # that last part alone
 
-    python bench.py tune         # a branch of inner adaptors, Q and V, the whole LLM: what trains, what is held, a step
+    python -m tools.bench tune         # a branch of inner adaptors, Q and V, the whole LLM: what trains, what is held, a step
 
 Each prints a table with the device it found and ends with one JSON line.
 """
+
 import argparse
 import ctypes
 import gc
@@ -34,11 +35,12 @@ import numpy as np
 import torch
 from PIL import Image
 
+import weights
+
 
 def device_name(device):
     if device == "cuda": return torch.cuda.get_device_name()
     return f"CPU, {platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
-
 
 def seconds(run, repeat=5, warmup=1):
     """Median wall time of one call; the device is drained before the clock is read."""
@@ -51,10 +53,7 @@ def seconds(run, repeat=5, warmup=1):
         if i >= warmup: times.append(time.perf_counter() - start)
     return sorted(times)[len(times) // 2]
 
-
 # One function a claim; BENCHES at the end of the file names them.
-
-
 def naive_pool(x, weight, bias, grid, eps=1e-5, channels_first=False):
     """What one writes first: LayerNorm, drop CLS, bring each window's patches together (a copy), mean over them."""
     (N, tokens, D), P = x.shape, grid
@@ -63,12 +62,10 @@ def naive_pool(x, weight, bias, grid, eps=1e-5, channels_first=False):
     if channels_first: return y.permute(0, 2, 1).reshape(N, D, P, w, P, w).mean((3, 5)).flatten(2).permute(0, 2, 1)
     return y.reshape(N, P, w, P, w, D).permute(0, 1, 3, 2, 4, 5).flatten(3, 4).mean(3).flatten(1, 2)
 
-
 def pool_bytes(N, s, P, D, width, backward):
     """What must move: x in, y out; with a backward also x and dy in, dx out, and mean and rstd (fp32) out and in."""
     forward = width * N * D * (s * s + P * P)
     return forward + (width * N * D * (s * s + P * P + 1 + s * s) + 16 * N * s * s if backward else 0)
-
 
 def time_pool(functions, N, s, P, D, dtype, device):
     """{name: (seconds of forward, seconds of forward + backward)}, on the same numbers."""
@@ -76,7 +73,7 @@ def time_pool(functions, N, s, P, D, dtype, device):
     weight, bias = torch.rand(D, device=device), torch.rand(D, device=device)
     leaves, dy = [t.clone().requires_grad_() for t in (x, weight, bias)], torch.randn_like(x[:, :P * P])
     if device == "cuda":
-        from triton.testing import do_bench                  # device events; the L2 cache is flushed between runs
+        from triton.testing import do_bench  # device events; the L2 cache is flushed between runs
         clock = lambda run: do_bench(run, return_mode="median") / 1e3
     else: clock = lambda run: seconds(run, repeat=15, warmup=2)
 
@@ -86,12 +83,10 @@ def time_pool(functions, N, s, P, D, dtype, device):
     def both(f): torch.autograd.grad(f(*leaves, P, 1e-5), leaves, dy)
     return {name: [clock(partial(run, f)) for run in (forward, both)] for name, f in functions.items()}
 
-
 def copy_bandwidth(device, size=1 << 30):
     a = torch.empty(size, dtype=torch.uint8, device=device).fill_(1)
     b = torch.empty_like(a)
     return 2 * size / seconds(lambda: b.copy_(a), repeat=20, warmup=3)
-
 
 def bench_pool(args):
     """The fused LayerNorm + window mean. On a GPU the kernel, in bf16; on a CPU the reference, in fp32."""
@@ -126,13 +121,10 @@ def bench_pool(args):
                          **{f"x_{f}": took[f] / took["ours"] for f in functions if f != "ours"}})
     return {"dtype": str(dtype), "copy_GB/s": peak / 1e9, "rows": rows}
 
-
-
 def llava_pair(vit, llm, device):
     """One LLaVA with random weights: transformers', and the same loaded from its saved folder."""
     import transformers as hf
 
-    import checkpoint
     clip = hf.CLIPVisionConfig(hidden_size=vit.width, intermediate_size=vit.mlp, num_hidden_layers=vit.layers + 1,
                                num_attention_heads=vit.heads, image_size=vit.image_size, patch_size=vit.patch)
     text = hf.LlamaConfig(vocab_size=llm.vocab, hidden_size=llm.width, intermediate_size=llm.mlp,
@@ -145,8 +137,7 @@ def llava_pair(vit, llm, device):
     with torch.no_grad(): theirs.lm_head.weight.mul_(20)     # clear winners: rounding decides no token
     with tempfile.TemporaryDirectory() as folder:
         theirs.save_pretrained(folder)
-        return theirs.to(device), checkpoint.load_llava(folder).to(device)
-
+        return theirs.to(device), weights.load_llava(folder).to(device)
 
 def bench_decode(args, size="toy", new=64, repeat=5):
     """Tokens per second of a generate() call, picture and prompt included; the best of `repeat`, taken in turns."""
@@ -179,13 +170,11 @@ def bench_decode(args, size="toy", new=64, repeat=5):
         rows.append(row)
     return {"size": size, "new": new, "rows": rows}
 
-
 def resident():
     """This process's memory: all that it maps, and what it shares with nobody."""
     lines = open("/proc/self/smaps_rollup").read().splitlines()[1:]
     kb = {line.split(":")[0]: int(line.split()[1]) for line in lines}
     return {"Rss": kb["Rss"], "Private": kb["Private_Dirty"] + kb["Private_Clean"]}
-
 
 def read_many(source, seed, count, out):
     """A worker's life: random reads, its memory before (after 200 warm ones) and after."""
@@ -194,7 +183,6 @@ def read_many(source, seed, count, out):
     before = resident()
     for _ in range(count): source.read(rng.randrange(len(source)))
     out.put((before, resident()))
-
 
 def million(folder, records=1_000_000, tars=200, images=1000):
     """A JSONL of a million LLaVA-like records and 200 tars of 1,000 images, and the mixture that names them."""
@@ -215,7 +203,6 @@ def million(folder, records=1_000_000, tars=200, images=1000):
     (folder / "mix.toml").write_text('[[source]]\nname = "talk"\nformat = "conversations"\nannotations = "talk.jsonl"\n'
                                      '[[source]]\nname = "tars"\nformat = "caption-shards"\nshards = "*.tar"\n')
     return folder / "mix.toml"
-
 
 def bench_records(folder):
     """Open twice, read at random, watch four workers' memory."""
@@ -248,13 +235,11 @@ def bench_records(folder):
             found[f"{source.name} 4 workers {kind} growth"] = after / before - 1
     return found
 
-
 def bare(job):
     """What anyone writes first: open, decode, resize; nothing else."""
     path, side = job
     with Image.open(path) as image:
         return image.convert("RGB").resize((side, side), Image.Resampling.BICUBIC).tobytes()[:1]
-
 
 def bench_loader(folder, count=256, repeat=5):
     """Decode + transform + encode + collate against the bare loop: same pictures, same cores, taken in turns.
@@ -296,7 +281,6 @@ def bench_loader(folder, count=256, repeat=5):
                       f"{key}: share": rate["loader"] / rate["bare"]}
     return found
 
-
 def bench_data(args, parts=(bench_records, bench_loader)):
     """A million records, 200 tars, and the loader's own cost."""
     found = {}
@@ -308,9 +292,7 @@ def bench_data(args, parts=(bench_records, bench_loader)):
     for name, value in found.items(): print(f"{name:45}{value:14.4g}")
     return found
 
-
 # Training beside transformers: one LLaVA, the same weights, batch and frozen parts on both sides
-
 def shape(name):
     """(ViT, LLM, rows, mean text tokens of a row, how many are supervised) of a LLaVA, which pools nothing."""
     from model import CLIP_L, PRESETS, LlamaConfig, ViTConfig
@@ -318,7 +300,6 @@ def shape(name):
     return {"toy": (toy.vit, toy.llm, 64, 0, 0),                       # 0: as train.py's table says for each stage
             "100M": (ViTConfig(112, 14, 512, 8, 8, 2048), LlamaConfig(32000, 512, 12, 8, 8, 1408), 8, 96, 32),
             "7b": (ViTConfig(**CLIP_L), PRESETS["llava-7b"]().llm, 8, 96, 32)}[name]
-
 
 def talk(c, stage, rows, text=0, answer=0, unequal=True):
     """Samples with an image in each, of unequal length: half to one and a half times the typical text."""
@@ -334,7 +315,6 @@ def talk(c, stage, rows, text=0, answer=0, unequal=True):
         samples.append((ids[:-1], [IGNORE] * (len(ids) - 1 - said) + ids[-said:], [picture]))
     return samples
 
-
 def our_update(model, stage, samples, device, dtype, micro=1, preset="toy", recompute=False):
     """(an update as train.py makes it, the gradients alone), in `micro` micro-batches of like length."""
     import train
@@ -349,7 +329,6 @@ def our_update(model, stage, samples, device, dtype, micro=1, preset="toy", reco
                        BUCKET if device == "cuda" else 1) for i in range(0, len(samples), size)]
     supervised = sum(b.supervised for b in batches)
     return partial(train.update, run, batches, supervised), partial(train.gradients, run, batches, supervised)
-
 
 def their_update(model, stage, samples, device, dtype):
     """The same with transformers' LLaVA and torch's fused AdamW, as its Trainer would."""
@@ -384,7 +363,6 @@ def their_update(model, stage, samples, device, dtype):
         return loss
     return update, gradients
 
-
 def counted_flops(run):
     """(what a function really multiplies by torch's counter, its value); causal attention counts whole."""
     from torch.utils import flop_counter as fc
@@ -395,11 +373,9 @@ def counted_flops(run):
     with fc.FlopCounterMode(display=False, custom_mapping=mapping) as counter: loss = run()
     return counter.get_total_flops(), float(loss)
 
-
 def fast_bf16(device):
     """Whether this processor multiplies in bf16; others do it in software, ten times as slow as fp32."""
     return device == "cuda" or torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
-
 
 def step_clock(device):
     """Seconds of one call: of wall time, or with one thread of CPU time, which does not mind other processes."""
@@ -410,7 +386,6 @@ def step_clock(device):
         run()
         return time.process_time() - start
     return clock
-
 
 def bench_step(args):
     """Updates per second against transformers' LLaVA, in turns, the best of --repeat."""
@@ -440,7 +415,6 @@ def bench_step(args):
             rows.append(row)
     return {"rows": rows}
 
-
 def bench_profile(args, steps=3, shown=15):
     """Where an update's time goes, by kernel: torch's profiler, self time, each stage and side. On idle cores only."""
     from torch.profiler import profile
@@ -464,9 +438,7 @@ def bench_profile(args, steps=3, shown=15):
             rows.append({"shape": name, "stage": stage, "side": side, "ms": total})
     return {"rows": rows}
 
-
 def status(key): return int(Path("/proc/self/status").read_text().split(key + ":")[1].split()[0]) * 1024
-
 
 def peak_of(side, name, stage, device, dtype, micro, out):
     """A process: one update to warm up, and the peak of the next above what stays and gradients, and its time."""
@@ -489,7 +461,6 @@ def peak_of(side, name, stage, device, dtype, micro, out):
     took = step_clock(device)(update)
     out.put((peak() - before - gradients, took))
 
-
 def bench_memory(args):
     """Peak of an update above weights, gradients, optimizer state and libraries, against transformers'."""
     spawn, rows = multiprocessing.get_context("spawn"), []
@@ -510,7 +481,6 @@ def bench_memory(args):
             rows.append({"shape": name, "stage": stage, "ours": ours, "transformers": theirs, "share": ours / theirs,
                          "seconds": [took, theirs_took]})
     return {"rows": rows, "dtype": dtype, "micro": args.micro}
-
 
 def bench_growth(args, repeat=3):
     """Time and kept bytes of a stage-2 update at toy width as one size doubles, beside its arithmetic; a plot."""
@@ -549,13 +519,12 @@ def bench_growth(args, repeat=3):
     figure.savefig("assets/pictures/growth.png", dpi=90, bbox_inches="tight")
     return {"rows": rows}
 
-
 def bench_limit(args, new=128):
     """How far from the device's limit: MFU and peak memory of each stage, and the bandwidth of decoding. Random weights
     at the preset's own size, in bf16 on a GPU."""
     from model import IMAGE, PRESETS, InfMLLM, flops
-    from report import peak_flops
     from sample import generate_ids
+    from support.plan import peak_flops
     from train import DTYPES, PAPER, STAGES
     cuda, rows = args.device == "cuda", []
     dtype, n = ("bf16", 8192) if cuda else ("fp32", 1024)
@@ -594,7 +563,6 @@ def bench_limit(args, new=128):
         rows.append({"batch": batch, "tokens/s": batch * new / took, "of_copy": read / copy})
     return {"preset": args.preset, "matmul": rate, "sheet": sheet, "copy": copy, "rows": rows}
 
-
 def bench_loop(args, steps=40):
     """What the training loop costs beside its work: a step's time less gradients, optimizer and loading."""
     import train
@@ -631,7 +599,6 @@ def bench_loop(args, steps=40):
               f"{r['optimizer_ms']:12.2f}{100 * r['loop_share']:12.2f}%")
     return {"rows": rows}
 
-
 def kept_bytes(model, call):
     """Bytes that autograd keeps of a call for its backward pass, beside the model's own."""
     own, kept = {p.untyped_storage().data_ptr() for p in model.parameters()}, {}
@@ -643,12 +610,11 @@ def kept_bytes(model, call):
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t): call()
     return sum(kept.values())
 
-
 def bench_tune(args, steps=12):
     """The three ways to train an LLM, stage 2's mixture, the toy's sizes: what trains, what is held, how long a step
     takes. Bytes are counted: of weights, gradients and moments, and what autograd keeps of a batch for its backward."""
     import train
-    from report import sizes
+    from support.plan import sizes
     runs, times, kept, device = {}, {}, {}, torch.device(args.device)
     with tempfile.TemporaryDirectory() as folder:
         for name in ("inner", "qv", "full"):
@@ -676,13 +642,11 @@ def bench_tune(args, steps=12):
         rows.append(row)
     return {"steps": steps, "rows": rows}
 
-
 BENCHES = {"tune": bench_tune, "pool": bench_pool, "step": bench_step, "loop": bench_loop, "memory": bench_memory,
            "growth": bench_growth, "limit": bench_limit, "profile": bench_profile,
            "data": bench_data,
            "loader": partial(bench_data, parts=(bench_loader,)), "decode": bench_decode,
            "decode-small": partial(bench_decode, size="small", new=8, repeat=2)}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -695,7 +659,6 @@ def main():
     args = parser.parse_args()
     print(f"{args.bench} on {device_name(args.device)}, torch {torch.__version__}")
     print(json.dumps({"bench": args.bench, "device": device_name(args.device), **BENCHES[args.bench](args)}))
-
 
 if __name__ == "__main__":
     main()

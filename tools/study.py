@@ -1,14 +1,15 @@
 """Every result about learning that the README tells, anew: runs of train.py and evaluate.py, side by side.
 
-    python study.py seeds        # the three stages with three seeds: what each stage teaches
-    python study.py adapters     # pool against resampler, no pooling and other grids, and without stage 1: same budget
-    python study.py tune         # a frozen LLM with inner adaptors against QV-tuning and full finetuning: same budget,
+    python -m tools.study seeds        # the three stages with three seeds: what each stage teaches
+    python -m tools.study adapters     # pool against resampler, no pooling and other grids, and without stage 1: same budget
+    python -m tools.study tune         # a frozen LLM with inner adaptors against QV-tuning and full finetuning: same budget,
                                  # what it sees and what is left of what it could read before it saw anything
-    python study.py seeds --runs 1 --jobs 1
+    python -m tools.study seeds --runs 1 --jobs 1
 
 Runs of one thread each, --jobs at a time, go to out/study; what is finished there is not run again. Each study ends
 with its table in Markdown, mean over the seeds (lowest to highest), and a JSON line.
 """
+
 import argparse
 import json
 import os
@@ -21,6 +22,7 @@ import sample
 import toy
 
 OUT = Path("out/study")
+
 ROWS = {     # of the tables: (data, source, metric as evaluate.py names it)
     "captions, any order": ("heldout", "captions", "exact, any order"),
     "VQA": ("heldout", "vqa", "accuracy (vqav2)"),
@@ -29,17 +31,23 @@ ROWS = {     # of the tables: (data, source, metric as evaluate.py names it)
     "chat turns": ("heldout", "chat", "right"),
     "chat, lowest type": ("heldout", "chat", None),
 }
+
 UNSEEN = {name: ("compositional", *row[1:]) for name, row in ROWS.items() if row[2]}
+
 ARMS = {     # of the study of adapters: flags of both stages
     "pool 4x4": [], "resampler, 16 queries": ["--adapter", "resampler"], "pool 2x2": ["--grid", "2"],
     "pool 8x8": ["--grid", "8"], "mlp, 64 tokens": ["--adapter", "mlp"], "pool 4x4, no stage 1": [],
 }
-FIRST, SECOND, EVERY, BATCH = 150, 600, 200, 32       # of that study: steps of stage 1 and 2, and from look to look;
-SOME = ("--limit", 500)                               # samples of a source at each
-TUNES = {"frozen, inner adaptors": "inner", "Q and V": "qv", "full": "full"}    # the ViT is frozen in all of them
-RATES = (3e-4, 1e-3)       # peak learning rates of what trains in the LLM ...
-BUDGET = ["--steps", 300, "--batch", 32]   # ... and the length of the runs, the same for every arm
 
+FIRST, SECOND, EVERY, BATCH = 150, 600, 200, 32       # of that study: steps of stage 1 and 2, and from look to look;
+
+SOME = ("--limit", 500)                               # samples of a source at each
+
+TUNES = {"frozen, inner adaptors": "inner", "Q and V": "qv", "full": "full"}    # the ViT is frozen in all of them
+
+RATES = (3e-4, 1e-3)       # peak learning rates of what trains in the LLM ...
+
+BUDGET = ["--steps", 300, "--batch", 32]   # ... and the length of the runs, the same for every arm
 
 def run(program, *flags):
     """One command on one thread, its output in out/study/log.txt."""
@@ -48,10 +56,8 @@ def run(program, *flags):
         code = subprocess.run(command, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"}).returncode
     if code: sys.exit(f"{' '.join(command)} ended with {code}; see {OUT / 'log.txt'}")
 
-
 def train(stage, out, seed, *flags):
     run("train", "--stage", stage, "--seed", seed, "--out", out, "--resume", "--score-rows", 0, *flags)
-
 
 def examine(ckpt, out, data="heldout", *flags):
     """evaluate.py's scores of a checkpoint as {source: {metric: ...}}, of all samples where no --limit is given."""
@@ -60,21 +66,17 @@ def examine(ckpt, out, data="heldout", *flags):
             "--beams", 1, "--min-new-tokens", 0, "--batch", 50, *flags)
     return json.loads((out / "scores.json").read_text())
 
-
 def value(scores, source, metric):
     if metric: return scores[source][metric]["score"]
     return min(s["score"] for name, s in scores[source].items() if name.startswith("type "))
-
 
 def show(values, digits=3):
     mean, low, high = (f"{x:.{digits}f}" for x in (sum(values) / len(values), min(values), max(values)))
     return mean + (f" ({low}–{high})" if len(values) > 1 else "")
 
-
 def table(head, rows):
     print("| " + " | ".join(head) + " |\n" + "|---" * len(head) + "|")
     for row in rows: print("| " + " | ".join(row) + " |")
-
 
 def look(job):
     """Scores on both held-out sets, {(stage, data): scores}: of stage 0, the stand-ins, or of a seed's three stages."""
@@ -87,7 +89,6 @@ def look(job):
             found[stage, data] = examine(ckpt, home / f"{data}{stage}", data)
     return found
 
-
 def seeds(pool, runs):
     *found, before = pool.map(look, [*((seed, (1, 2, 3)) for seed in range(runs)), ("s", (0,))])
     found = [before | f for f in found]
@@ -97,7 +98,6 @@ def seeds(pool, runs):
         for unseen, rows in enumerate((ROWS, UNSEEN)) for name, (data, *row) in rows.items()])
     return {f"{name}, {data}": [[value(f[stage, data], *row) for f in found] for stage in range(4)]
             for rows in (ROWS, UNSEEN) for name, (data, *row) in rows.items()}
-
 
 def one_arm(job):
     """A short stage 1 and 2. -> (scores after stage 2, Acc@0.5 on the way there)"""
@@ -114,7 +114,6 @@ def one_arm(job):
     for task in ("caption", "vqa"): last |= examine(home / "stage2", home / task, "heldout", *SOME, "--task", task)
     return last, [value(scores, "refs", "Acc@0.5") for scores in way]
 
-
 def adapters(pool, runs):
     jobs = [(name, seed) for seed in range(runs) for name in ARMS]
     found = dict(zip(jobs, pool.map(one_arm, jobs)))
@@ -127,7 +126,6 @@ def adapters(pool, runs):
     plot(curves, steps)
     return {arm: {"Acc@0.5": ways, **{n: [value(last, *ROWS[n][1:]) for last, _ in of(arm)] for n in names}}
             for arm, ways in curves.items()}
-
 
 def one_tune(job):
     """Stage 2's mixture after stage 1, that part of the LLM in training. -> scores, and what is left of text"""
@@ -142,7 +140,6 @@ def one_tune(job):
     with model.using(None): text = toy.reading(model.llm, tokenizer)       # text alone is the base's, branch or not
     return {n: value(scores, *ROWS[n][1:]) for n in list(ROWS)[:4]} | {
         "text loss": text["loss"], "text answers right": text["right"]}
-
 
 def tune(pool, runs):
     asked = [f'[[source]]\nname = "{source}"\n{toy.SOURCES[source].format("heldout")}\n' for _, source, _ in
@@ -160,7 +157,6 @@ def tune(pool, runs):
     assert set(frozen) == {f["text loss"] for f in start.values()}, "a branch has changed what its base reads"
     return rows
 
-
 def plot(curves, steps):
     from matplotlib.figure import Figure
     figure = Figure(figsize=(7, 3.6))
@@ -174,9 +170,7 @@ def plot(curves, steps):
     figure.savefig(OUT / "adapters.png", dpi=110, bbox_inches="tight")
     print(f"\ndrew {OUT / 'adapters.png'}: mean and range over the seeds")
 
-
 STUDIES = {"seeds": seeds, "adapters": adapters, "tune": tune}
-
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -188,7 +182,6 @@ def main():
     toy.write("out/toy")                                           # before two runs would draw it at once
     with ThreadPoolExecutor(args.jobs) as pool: found = STUDIES[args.study](pool, args.runs)
     print(json.dumps({"study": args.study, **found}))
-
 
 if __name__ == "__main__":
     main()

@@ -7,6 +7,7 @@ and wrongs. Every mean is math.fsum's, correctly rounded: the order in which ran
 
 The quirks of the official scripts are kept where figures are compared, and named where they stand.
 """
+
 import math
 import re
 from collections import Counter
@@ -14,16 +15,19 @@ from functools import lru_cache
 
 # ------------------------------------------------------------------------------------------------------------ captions
 N, SIGMA = 4, 6.0                            # CIDEr-D's longest n-gram, and the width of its penalty on length
+
 CLITIC = r"n't|'(?:s|m|d|re|ve|ll)"
+
 TOKEN = re.compile(rf"""
     -[lr][rsc]b-                             # a bracket in the treebank's spelling, so that tokens stay what they are
   | (?:{CLITIC})\b
   | (?:[^\W\d_]\.){{2,}}                     # p.m., u.s.
   | \w+ (?: (?:[-'/@&]|[.,:](?=\d)) \w+ )*   # t-shirt, o'clock, 1/2, 5:30, 1,000
   | [^\w\s]""", re.VERBOSE)
-BRACKETS = dict(zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-")))
-SILENT = set("'`\".?!,:;-–—…“”‘")            # dropped: the official list, and what its tokeniser turns into its members
 
+BRACKETS = dict(zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-")))
+
+SILENT = set("'`\".?!,:;-–—…“”‘")            # dropped: the official list, and what its tokeniser turns into its members
 
 def tokenise(text: str) -> list[str]:
     """Lower case, clitics split off (isn't -> is n't), punctuation dropped. A second time changes no real text.
@@ -36,11 +40,9 @@ def tokenise(text: str) -> list[str]:
     text = re.sub(rf"(?<=\w)({CLITIC})\b", r" \1", text.lower().replace("’", "'"))
     return [BRACKETS.get(token, token) for token in TOKEN.findall(text) if token not in SILENT]
 
-
 def ngrams(words):
     """[Counter of 1-grams, ..., Counter of N-grams]"""
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, N + 1)]
-
 
 def cider_scores(predictions, references, split=tokenise) -> list[float]:
     """CIDEr-D (arXiv 1411.5726) of each prediction against its list of references, weighted by the whole corpus.
@@ -74,10 +76,8 @@ def cider_scores(predictions, references, split=tokenise) -> list[float]:
         scores.append(10 * sum(similarity(hyp, weigh(r)) for r in rs) / len(rs))
     return scores
 
-
 def cider(predictions, references, split=tokenise):
     return mean(cider_scores(predictions, references, split))
-
 
 # ----------------------------------------------------------------------------------------------------- short answers
 # The official table of lost apostrophes, by its rule: each right form with any one apostrophe left out. Not here: its
@@ -93,13 +93,18 @@ ENDINGS = {
     "'re": "there they what why you",
     "": "ma'am o'clock 'ow's'at 'twas y'all",
 }
-FORMS = [stem + ending for ending, stems in ENDINGS.items() for stem in stems.split()]
-CONTRACTIONS = {form[:i] + form[i + 1:]: form for form in FORMS for i, c in enumerate(form) if c == "'"}
-CONTRACTIONS["somebody'd"] = "somebodyd"                                         # the wrong way round, officially
-DIGITS = "zero one two three four five six seven eight nine ten".split()
-NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(DIGITS)}
-PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                                           # no apostrophe, colon or period
 
+FORMS = [stem + ending for ending, stems in ENDINGS.items() for stem in stems.split()]
+
+CONTRACTIONS = {form[:i] + form[i + 1:]: form for form in FORMS for i, c in enumerate(form) if c == "'"}
+
+CONTRACTIONS["somebody'd"] = "somebodyd"                                         # the wrong way round, officially
+
+DIGITS = "zero one two three four five six seven eight nine ten".split()
+
+NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(DIGITS)}
+
+PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'                                           # no apostrophe, colon or period
 
 @lru_cache(1 << 16)
 def normalise(text: str) -> str:
@@ -115,11 +120,9 @@ def normalise(text: str) -> str:
     words = (NUMBERS.get(word, word) for word in text.lower().split())
     return " ".join(CONTRACTIONS.get(word, word) for word in words if word not in ("a", "an", "the"))
 
-
 def normalise_m4c(text: str) -> str:
     """TextVQA's: commas and question marks go, a possessive is split off (joe's -> joe 's), then the above."""
     return normalise(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
-
 
 def vqa_score(prediction: str, answers: list[str], protocol: str = "vqav2") -> float:
     """min(1, matches / 3) against every answer but one, averaged over which one is left out. Of 10: 0, .3, .6, .9, 1.
@@ -140,11 +143,9 @@ def vqa_score(prediction: str, answers: list[str], protocol: str = "vqav2") -> f
     if n < 4: return matches / n
     return (matches * min(1, (matches - 1) / 3) + (n - matches) * min(1, matches / 3)) / n
 
-
 def vqa_accuracy(predictions, answers, protocol: str = "vqav2"):
     check(predictions, answers)
     return mean([vqa_score(p, a, protocol) for p, a in zip(predictions, answers)])
-
 
 def exact_score(prediction: str, answers: list[str]) -> float:
     """1 if the prediction is one of the answers, up to case, outer white space (as in InfMLLM's evaluation) and a
@@ -153,11 +154,9 @@ def exact_score(prediction: str, answers: list[str]) -> float:
     prediction, *answers = (text.strip().rstrip(".").lower() for text in (prediction, *answers))
     return float(prediction in answers)
 
-
 def exact_match(predictions, answers):
     check(predictions, answers)
     return mean([exact_score(p, a) for p, a in zip(predictions, answers)])
-
 
 # ------------------------------------------------------------------------------------------------------------- boxes
 def iou(a, b) -> float:
@@ -167,24 +166,20 @@ def iou(a, b) -> float:
     common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
     return common / (area(*a) + area(*b) - common) if common else 0.0
 
-
 def box_accuracy(predictions, boxes):
     """Acc@0.5: the share of predictions with IoU >= 0.5. None, an answer that named no box, is a miss that counts."""
     check(predictions, boxes)
     return mean([float(iou(p, b) >= 0.5) for p, b in zip(predictions, boxes)])
 
-
 def mean_iou(predictions, boxes):
     check(predictions, boxes)
     return mean([iou(p, b) for p, b in zip(predictions, boxes)])
-
 
 # -------------------------------------------------------------------------------------------------------- yes and no
 def pope_answer(text: str) -> str:
     """The official reading: "no" if the first sentence has the word No, no or not; anything else, even "", is "yes"."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
-
 
 def pope(predictions, labels) -> dict:
     """POPE (arXiv 2305.10355); "yes" is the positive class, and a ratio of nothing to nothing is 0."""
@@ -195,18 +190,15 @@ def pope(predictions, labels) -> dict:
     return {"accuracy": accuracy, "precision": tp / max(1, sum(said)), "recall": tp / max(1, sum(truth)),
             "f1": 2 * tp / max(1, sum(said) + sum(truth)), "yes_ratio": sum(said) / count, "count": count}
 
-
 MME_PARTS = {
     "perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
     "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split(),
 }
 
-
 def mme_answer(text: str) -> str:
     """The official reading: "yes", else "no", if it stands in the first four letters ("know" is a no), else "other"."""
     start = text[:4].lower()
     return "yes" if "yes" in start else "no" if "no" in start else "other"
-
 
 def mme(predictions, labels, subtasks, images) -> dict:
     """MME (arXiv 2306.13394): of each subtask acc (questions right), acc+ (images with both questions right) and their
@@ -230,7 +222,6 @@ def mme(predictions, labels, subtasks, images) -> dict:
     parts = {part: math.fsum(table[s]["score"] for s in names if s in table) for part, names in MME_PARTS.items()}
     return parts | {"subtasks": table, "count": len(predictions)}
 
-
 # ------------------------------------------------------------------------------------------------------------ shared
 def yes(label: str) -> bool:
     """Of a label in an annotation file. A prediction may be anything; a label may not."""
@@ -238,14 +229,11 @@ def yes(label: str) -> bool:
     assert word in ("yes", "no"), f"a label must be yes or no, not {label!r}"
     return word == "yes"
 
-
 def check(predictions, truths):
     assert len(predictions) == len(truths) > 0, f"{len(predictions)} predictions for {len(truths)} samples"
 
-
 def check_list(texts):
     assert texts and not isinstance(texts, str), f"a sample's answers must be a list of strings, not {texts!r}"
-
 
 def mean(scores):
     return math.fsum(scores) / len(scores), len(scores)

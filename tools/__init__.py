@@ -1,0 +1,1 @@
+"""For those who maintain the project; run as python -m tools.bench."""
