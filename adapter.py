@@ -27,15 +27,19 @@ def pool_reference(x, weight, bias, grid, eps=1e-5):
     acc = torch.promote_types(x.dtype, torch.float32)
     weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
     y = x.to(acc)
-    if weight is not None: y = F.layer_norm(y, (Dv,), *((weight, bias) if s == P else ()), eps=eps)
-    y = y[:, 1:]                        # (N, s*s, Dv) as a view: to normalise CLS in vain is cheaper than a copy
-    if s == P: return y.to(x.dtype)
-    if s % P == 0:                      # (N, P, P, Dv); two means of whole rows are five times as fast as mean((2, 4))
+    if weight is not None:
+        y = F.layer_norm(y, (Dv,), *((weight, bias) if s == P else ()), eps=eps)
+    y = y[:, 1:]  # (N, s*s, Dv) as a view: to normalise CLS in vain is cheaper than a copy
+    if s == P:
+        return y.to(x.dtype)
+    if s % P == 0:  # (N, P, P, Dv); two means of whole rows are five times as fast as mean((2, 4))
         y = y.reshape(N, P, s // P, P, s // P, Dv).mean(2).mean(3)
-    else:                               # windows overlap: adaptive semantics
+    else:  # windows overlap: adaptive semantics
         y = F.adaptive_avg_pool2d(y.reshape(N, s, s, Dv).permute(0, 3, 1, 2), P).permute(0, 2, 3, 1)
-    if weight is not None: y = y * weight if bias is None else torch.addcmul(bias, y, weight)
+    if weight is not None:
+        y = y * weight if bias is None else torch.addcmul(bias, y, weight)
     return y.reshape(N, P * P, Dv).to(x.dtype)
+
 
 @cache
 def pool_path(device):
@@ -44,17 +48,22 @@ def pool_path(device):
     assert path in ("triton", "torch"), f"NANO_POOL is triton or torch, not {path}"
     return path
 
+
 def pool(x, weight, bias, grid, eps=1e-5):
     """pool_reference, or the same function as one kernel (pool_triton.py), which computes in fp32 and not in fp64."""
     plain = pool_path(x.device.type) == "torch" or x.dtype == torch.float64
-    if plain: return pool_reference(x, weight, bias, grid, eps)
+    if plain:
+        return pool_reference(x, weight, bias, grid, eps)
     from pool_triton import pool as fused
+
     return fused(x, weight, bias, grid, eps)
 
+
 def side(patches):
-    s = round(patches ** 0.5)
+    s = round(patches**0.5)
     assert s * s == patches, f"{patches} patches do not form a square; the first token must be CLS"
     return s
+
 
 class PoolAdapter(nn.Module):
     """InfMLLM's: keeps the patches' order and with it their place in the image. (N,1+s*s,Dv) -> (N,P*P,D)"""
@@ -62,14 +71,17 @@ class PoolAdapter(nn.Module):
     def __init__(self, width_vit, width_llm, grid, ln_vision=True):
         super().__init__()
         self.grid = grid
-        self.norm = nn.LayerNorm(width_vit, eps=1e-5) if ln_vision else None         # ln_vision
+        self.norm = nn.LayerNorm(width_vit, eps=1e-5) if ln_vision else None  # ln_vision
         self.fc1 = nn.Linear(width_vit, width_llm)
         self.fc2 = nn.Linear(width_llm, width_llm)
 
     def forward(self, x):
-        weight, bias, eps = (self.norm.weight, self.norm.bias, self.norm.eps) if self.norm else (None, None, 1e-5)
-        x = pool(x, weight, bias, self.grid, eps)                                    # (N, P*P, Dv)
-        return self.fc2(F.gelu(self.fc1(x)))                                         # (N, P*P, D)
+        weight, bias, eps = (
+            (self.norm.weight, self.norm.bias, self.norm.eps) if self.norm else (None, None, 1e-5)
+        )
+        x = pool(x, weight, bias, self.grid, eps)  # (N, P*P, Dv)
+        return self.fc2(F.gelu(self.fc1(x)))  # (N, P*P, D)
+
 
 class Resampler(nn.Module):
     """The Q-Former's stand-in (Qwen-VL's form): learned queries cross-attend once to all patches, which lose their
@@ -86,9 +98,13 @@ class Resampler(nn.Module):
         self.fc2 = nn.Linear(width_llm, width_llm)
 
     def forward(self, x):
-        N, Q, D = x.shape[0], self.grid ** 2, self.queries.shape[1]
-        x = x[:, 1:] if self.norm is None else self.norm(x[:, 1:])                   # (N, s*s, Dv)
-        k, v = self.kv(x).view(N, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)       # (N, H, s*s, hd)
-        q = self.q(self.queries).view(1, Q, self.heads, -1).transpose(1, 2).expand(N, -1, -1, -1)  # (N, H, Q, hd)
+        N, Q, D = x.shape[0], self.grid**2, self.queries.shape[1]
+        x = x[:, 1:] if self.norm is None else self.norm(x[:, 1:])  # (N, s*s, Dv)
+        k, v = (
+            self.kv(x).view(N, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
+        )  # (N, H, s*s, hd)
+        q = (
+            self.q(self.queries).view(1, Q, self.heads, -1).transpose(1, 2).expand(N, -1, -1, -1)
+        )  # (N, H, Q, hd)
         y = F.scaled_dot_product_attention(q.to(k.dtype), k, v).transpose(1, 2).reshape(N, Q, D)
         return self.fc2(F.gelu(self.fc1(y)))

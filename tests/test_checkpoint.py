@@ -1,4 +1,5 @@
 """Our own checkpoint directory: round trips, interruption at every point, damage; and the way back to transformers."""
+
 import json
 import os
 import shutil
@@ -19,42 +20,66 @@ from support.errors import BadInput
 
 
 def tiny(seed=0):
-    return init(InfMLLM(Config(ViTConfig(32, 8, 16, 1, 2, 24), LlamaConfig(30, 16, 1, 2, 1, 24), grid=2)), seed)
+    return init(
+        InfMLLM(Config(ViTConfig(32, 8, 16, 1, 2, 24), LlamaConfig(30, 16, 1, 2, 1, 24), grid=2)),
+        seed,
+    )
 
 
-def same(a, b): return all(torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.parameters(), b.parameters()))
+def same(a, b):
+    return all(
+        torch.equal(x, y) and x.dtype == y.dtype for x, y in zip(a.parameters(), b.parameters())
+    )
 
 
-class Tokens: bytes = b"a sentencepiece model"
+class Tokens:
+    bytes = b"a sentencepiece model"
 
 
 def test_what_is_saved_is_what_is_loaded_in_its_own_dtypes(tmp_path):
     m = tiny()
     m.vit.to(torch.bfloat16)
-    weights.checkpoint.save(tmp_path / "c", m, Tokens, {"stage": 1}, {"x.exp_avg": torch.ones(3)}, {"step": 7})
+    weights.checkpoint.save(
+        tmp_path / "c", m, Tokens, {"stage": 1}, {"x.exp_avg": torch.ones(3)}, {"step": 7}
+    )
     again = weights.checkpoint.load(tmp_path / "c")
     assert same(m, again) and again.config == m.config
     assert (tmp_path / "c" / "tokenizer.model").read_bytes() == Tokens.bytes
     assert support.files.read_json(tmp_path / "c" / "state.json") == {"step": 7}
-    assert torch.equal(weights.files.load_tensors(tmp_path / "c" / "optimizer.safetensors")["x.exp_avg"], torch.ones(3))
+    assert torch.equal(
+        weights.files.load_tensors(tmp_path / "c" / "optimizer.safetensors")["x.exp_avg"],
+        torch.ones(3),
+    )
     assert json.loads((tmp_path / "c" / "config.json").read_text())["training"] == {"stage": 1}
     assert weights.checkpoint.load(tmp_path / "c", image_size=64).config.vit.image_size == 64
-    assert next(weights.checkpoint.load(tmp_path / "c", dtype=torch.float64).parameters()).dtype == torch.float64
+    assert (
+        next(weights.checkpoint.load(tmp_path / "c", dtype=torch.float64).parameters()).dtype
+        == torch.float64
+    )
 
 
-@pytest.mark.parametrize("changed", [{}, dict(num_key_value_heads=2), dict(tie_word_embeddings=True),
-                                     dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0})])
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {},
+        dict(num_key_value_heads=2),
+        dict(tie_word_embeddings=True),
+        dict(rope_parameters={"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0}),
+    ],
+)
 def test_an_exported_language_model_gives_the_same_logits_in_transformers(changed, tmp_path):
     ours = weights.llama.load_llama(oracle.folder(oracle.llama(**changed), tmp_path / "in"))
     weights.llama.export_llama(ours, tmp_path / "out")
     theirs = LlamaForCausalLM.from_pretrained(tmp_path / "out").eval()
     tokens = torch.randint(0, 96, (2, 60))
-    with torch.no_grad(): assert (theirs(tokens).logits - ours.head(ours(tokens))).abs().max() < 2e-5
+    with torch.no_grad():
+        assert (theirs(tokens).logits - ours.head(ours(tokens))).abs().max() < 2e-5
     again = weights.llama.load_llama(tmp_path / "out")
     assert same(ours, again) and again.config == ours.config
 
 
-class Killed(BaseException): pass
+class Killed(BaseException):
+    pass
 
 
 def interrupt(monkeypatch, after):
@@ -64,38 +89,58 @@ def interrupt(monkeypatch, after):
     def guard(f):
         def call(*args, **kwargs):
             left[0] -= 1
-            if left[0] < 0: raise Killed
+            if left[0] < 0:
+                raise Killed
             return f(*args, **kwargs)
+
         return call
 
-    for owner, name in ((weights.files, "save_file"), (Path, "write_text"), (Path, "write_bytes"), (Path, "rename"),
-                        (Path, "mkdir"), (shutil, "rmtree"), (os, "fsync")):
+    for owner, name in (
+        (weights.files, "save_file"),
+        (Path, "write_text"),
+        (Path, "write_bytes"),
+        (Path, "rename"),
+        (Path, "mkdir"),
+        (shutil, "rmtree"),
+        (os, "fsync"),
+    ):
         monkeypatch.setattr(owner, name, guard(getattr(owner, name)))
     return left
 
 
-def test_a_save_interrupted_at_any_point_leaves_the_old_or_the_new_checkpoint_whole(tmp_path, monkeypatch):
+def test_a_save_interrupted_at_any_point_leaves_the_old_or_the_new_checkpoint_whole(
+    tmp_path, monkeypatch
+):
     old, new, seen = tiny(0), tiny(1), []
     for after in range(100):
         path = tmp_path / str(after) / "c"
         weights.checkpoint.save(path, old, Tokens)
         with monkeypatch.context() as patch:
             left = interrupt(patch, after)
-            try: weights.checkpoint.save(path, new, Tokens)
-            except Killed: pass
+            try:
+                weights.checkpoint.save(path, new, Tokens)
+            except Killed:
+                pass
         found = weights.checkpoint.load(path)
         seen.append("new" if same(found, new) else "old" if same(found, old) else "neither")
-        weights.checkpoint.save(path, new, Tokens)                                 # and the next save clears up
-        assert same(weights.checkpoint.load(path), new) and [p.name for p in path.parent.iterdir()] == ["c"]
-        if left[0] > 0: break
+        weights.checkpoint.save(path, new, Tokens)  # and the next save clears up
+        assert same(weights.checkpoint.load(path), new) and [
+            p.name for p in path.parent.iterdir()
+        ] == ["c"]
+        if left[0] > 0:
+            break
     assert after > 10 and set(seen) == {"old", "new"} and seen == sorted(seen, reverse=True), seen
 
 
 def test_the_newest_whole_step_is_found(tmp_path):
-    for step in (5, 40, 100): weights.checkpoint.save(tmp_path / f"step-{step:08d}", tiny(step))
-    (tmp_path / "step-00000200").mkdir()                                   # one that never got its config
-    assert weights.checkpoint.find(tmp_path).name == "step-00000100" and same(weights.checkpoint.load(tmp_path), tiny(100))
-    with pytest.raises(BadInput, match="no checkpoint here.*train.py"): weights.checkpoint.find(tmp_path / "nowhere")
+    for step in (5, 40, 100):
+        weights.checkpoint.save(tmp_path / f"step-{step:08d}", tiny(step))
+    (tmp_path / "step-00000200").mkdir()  # one that never got its config
+    assert weights.checkpoint.find(tmp_path).name == "step-00000100" and same(
+        weights.checkpoint.load(tmp_path), tiny(100)
+    )
+    with pytest.raises(BadInput, match="no checkpoint here.*train.py"):
+        weights.checkpoint.find(tmp_path / "nowhere")
 
 
 def test_a_checkpoint_cut_or_flipped_anywhere_is_detected(tmp_path):
@@ -103,24 +148,38 @@ def test_a_checkpoint_cut_or_flipped_anywhere_is_detected(tmp_path):
     rng = torch.Generator().manual_seed(0)
     for file in sorted((tmp_path / "c").iterdir()):
         whole = file.read_bytes()
-        harms = [whole[:len(whole) * i // 20] for i in range(20)]
+        harms = [whole[: len(whole) * i // 20] for i in range(20)]
         for _ in range(20):
             at = torch.randint(0, 8 * len(whole), (1,), generator=rng).item()
-            harms.append(whole[:at // 8] + bytes([whole[at // 8] ^ (1 << at % 8)]) + whole[at // 8 + 1:])
+            harms.append(
+                whole[: at // 8] + bytes([whole[at // 8] ^ (1 << at % 8)]) + whole[at // 8 + 1 :]
+            )
         for harm in harms:
             file.write_bytes(harm)
-            try: weights.checkpoint.load(tmp_path / "c")
-            except BadInput as e: assert "checksum" in str(e) or "JSON" in str(e) or "does not list" in str(e)
-            else: assert json.loads(harm) == json.loads(whole), f"{file.name} was harmed and loaded"    # a blank, say
+            try:
+                weights.checkpoint.load(tmp_path / "c")
+            except BadInput as e:
+                assert "checksum" in str(e) or "JSON" in str(e) or "does not list" in str(e)
+            else:
+                assert json.loads(harm) == json.loads(whole), (
+                    f"{file.name} was harmed and loaded"
+                )  # a blank, say
         file.unlink()
-        with pytest.raises(BadInput): weights.checkpoint.load(tmp_path / "c")
+        with pytest.raises(BadInput):
+            weights.checkpoint.load(tmp_path / "c")
         file.write_bytes(whole)
     sums = json.loads((tmp_path / "c/checksums.json").read_text())
     for name in ("config.json", "model.safetensors"):
-        (tmp_path / "c/checksums.json").write_text(json.dumps({k: v for k, v in sums.items() if k != name}))
-        with pytest.raises(BadInput, match=f"does not list {name}"): weights.checkpoint.load(tmp_path / "c")
-    (tmp_path / "c/checksums.json").write_text(json.dumps(sums | {"n" * 999: [0, 0]}))              # no system has such
-    with pytest.raises(BadInput, match="is not what was written"): weights.checkpoint.load(tmp_path / "c")
+        (tmp_path / "c/checksums.json").write_text(
+            json.dumps({k: v for k, v in sums.items() if k != name})
+        )
+        with pytest.raises(BadInput, match=f"does not list {name}"):
+            weights.checkpoint.load(tmp_path / "c")
+    (tmp_path / "c/checksums.json").write_text(
+        json.dumps(sums | {"n" * 999: [0, 0]})
+    )  # no system has such
+    with pytest.raises(BadInput, match="is not what was written"):
+        weights.checkpoint.load(tmp_path / "c")
 
 
 @pytest.mark.parametrize("harm", ["empty", "text", "cut", "folder"])
@@ -133,9 +192,14 @@ def test_broken_foreign_files_are_one_sentence_with_file_and_remedy(name, harm, 
     file = tmp_path / name
     raw = file.read_bytes()
     file.unlink()
-    if harm == "folder": file.mkdir()
-    else: file.write_bytes({"empty": b"", "text": b"<html>not found</html>", "cut": raw[:len(raw) // 2]}[harm])
-    with pytest.raises(BadInput) as e: weights.llama.load_llama(tmp_path)
+    if harm == "folder":
+        file.mkdir()
+    else:
+        file.write_bytes(
+            {"empty": b"", "text": b"<html>not found</html>", "cut": raw[: len(raw) // 2]}[harm]
+        )
+    with pytest.raises(BadInput) as e:
+        weights.llama.load_llama(tmp_path)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
 
 
@@ -144,24 +208,39 @@ def test_weights_that_are_no_floats_are_refused_by_name(tmp_path):
     tensors = weights.files.load_tensors(tmp_path / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"].int()
     weights.files.save_tensors(tensors, tmp_path / "model.safetensors")
-    with pytest.raises(BadInput, match="model.norm.weight of I32, where F16, .*"): weights.llama.load_llama(tmp_path)
+    with pytest.raises(BadInput, match="model.norm.weight of I32, where F16, .*"):
+        weights.llama.load_llama(tmp_path)
 
 
 def test_a_strangers_names_are_said_without_the_commands_in_them(tmp_path):
     oracle.folder(oracle.llama(), tmp_path)
     tensors = weights.files.load_tensors(tmp_path / "model.safetensors")
-    weights.files.save_tensors(tensors | {"a\n\x1b[2Jb": torch.ones(1)}, tmp_path / "model.safetensors")
-    with pytest.raises(BadInput, match=r"\(a  \[2Jb: left over"): weights.llama.load_llama(tmp_path)
+    weights.files.save_tensors(
+        tensors | {"a\n\x1b[2Jb": torch.ones(1)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(BadInput, match=r"\(a  \[2Jb: left over"):
+        weights.llama.load_llama(tmp_path)
 
 
-@pytest.mark.parametrize("key, value", [("num_hidden_layers", 10 ** 9), ("num_hidden_layers", 0), ("vocab_size", 2**30),
-                                        ("intermediate_size", 2 ** 21), ("num_hidden_layers", 2.0)])
-def test_a_config_of_a_billion_layers_and_the_like_is_refused_before_any_is_made(tmp_path, monkeypatch, key, value):
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("num_hidden_layers", 10**9),
+        ("num_hidden_layers", 0),
+        ("vocab_size", 2**30),
+        ("intermediate_size", 2**21),
+        ("num_hidden_layers", 2.0),
+    ],
+)
+def test_a_config_of_a_billion_layers_and_the_like_is_refused_before_any_is_made(
+    tmp_path, monkeypatch, key, value
+):
     oracle.folder(oracle.llama(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
     monkeypatch.setattr(weights.checkpoint, "on_meta", None)
-    with pytest.raises(BadInput, match="config.json"): weights.llama.load_llama(tmp_path)
+    with pytest.raises(BadInput, match="config.json"):
+        weights.llama.load_llama(tmp_path)
 
 
 def test_an_index_may_not_name_files_outside_its_folder(tmp_path):
@@ -170,4 +249,5 @@ def test_an_index_may_not_name_files_outside_its_folder(tmp_path):
     for name in ("../outside.safetensors", "n" * 999):
         index = {"weight_map": {"model.norm.weight": name}}
         (tmp_path / "a" / "model.safetensors.index.json").write_text(json.dumps(index))
-        with pytest.raises(BadInput, match="not in the folder"): weights.llama.load_llama(tmp_path / "a")
+        with pytest.raises(BadInput, match="not in the folder"):
+            weights.llama.load_llama(tmp_path / "a")

@@ -2,6 +2,7 @@
 
 A few hundred mutated files of each kind here, 20,000 with `python -m pytest -m chaos`.
 """
+
 import json
 import os
 import resource
@@ -37,18 +38,27 @@ def bounded(do):
         held = None
         try:
             torch.set_num_threads(1)
-            signal.signal(signal.SIGPROF, signal.SIG_DFL)                # over SECONDS of work ends it
+            signal.signal(signal.SIGPROF, signal.SIG_DFL)  # over SECONDS of work ends it
             signal.setitimer(signal.ITIMER_PROF, SECONDS)
             resource.setrlimit(resource.RLIMIT_DATA, (4 * GB, 4 * GB))
             peak()
-            try: do(); said = "read"
-            except BadInput as e: said = str(e)
+            try:
+                do()
+                said = "read"
+            except BadInput as e:
+                said = str(e)
             held = peak()
-            os.write(write, f"{'too much memory' if held > GB else ''}{said}"[:5000].encode(errors="replace"))
-        except BaseException as e: os.write(write, f"fault: {type(e).__name__} {e}"[:5000].encode(errors="replace"))
-        finally: os._exit(0)
+            os.write(
+                write,
+                f"{'too much memory' if held > GB else ''}{said}"[:5000].encode(errors="replace"),
+            )
+        except BaseException as e:
+            os.write(write, f"fault: {type(e).__name__} {e}"[:5000].encode(errors="replace"))
+        finally:
+            os._exit(0)
     os.close(write)
-    with open(read, "rb") as f: said = f.read().decode()
+    with open(read, "rb") as f:
+        said = f.read().decode()
     code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
     assert code == 0 and said and not said.startswith(("fault", "too much")), (code, said)
     return said
@@ -61,13 +71,20 @@ def world(folder, kind, content, name="f.json"):
 
 
 def everything(folder):
-    data = Data(load_mixture(str(folder / "m.toml"), True), Tokenizer(tiny.TOKENIZER), image_size=16, visual=4,
-                context=128, batch=2, window=4)
+    data = Data(
+        load_mixture(str(folder / "m.toml"), True),
+        Tokenizer(tiny.TOKENIZER),
+        image_size=16,
+        visual=4,
+        context=128,
+        batch=2,
+        window=4,
+    )
     list(data.batches(0, 1))
 
 
-MB = 10 ** 6
-BOMBS = {    # 100 MB each; as vqa where nothing else is said
+MB = 10**6
+BOMBS = {  # 100 MB each; as vqa where nothing else is said
     "brackets within brackets": lambda n: b"[" * n,
     "objects within objects": lambda n: b'{"a":' * (n // 5),
     "a list of empty lists": lambda n: b"[" + b"[]," * (n // 3) + b"[]]",
@@ -84,7 +101,9 @@ BOMBS = {    # 100 MB each; as vqa where nothing else is said
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("name", BOMBS)
-def test_a_hundred_million_brackets_are_refused_in_bounded_memory_and_time(tmp_path, monkeypatch, name):
+def test_a_hundred_million_brackets_are_refused_in_bounded_memory_and_time(
+    tmp_path, monkeypatch, name
+):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     world(tmp_path, "vqa", BOMBS[name](100 * MB))
     assert bounded(lambda: everything(tmp_path)) != "read"
@@ -94,18 +113,25 @@ def test_a_hundred_million_brackets_are_refused_in_bounded_memory_and_time(tmp_p
 def test_a_quarter_of_a_million_brackets_are_refused(tmp_path, monkeypatch, name):
     monkeypatch.setenv("XDG_CACHE_HOME", "/dev/null")
     world(tmp_path, "vqa", BOMBS[name](MB // 4))
-    with pytest.raises(BadInput): everything(tmp_path)
+    with pytest.raises(BadInput):
+        everything(tmp_path)
 
 
 def test_a_list_that_is_not_asked_for_is_passed_by_in_bounded_memory(tmp_path):
-    world(tmp_path, "coco-caption", b'{"info":[' + b"[]," * (4 * MB) + b'[]],"images":[],"annotations":[]}')
+    world(
+        tmp_path,
+        "coco-caption",
+        b'{"info":[' + b"[]," * (4 * MB) + b'[]],"images":[],"annotations":[]}',
+    )
     assert "more records than its bytes can hold" in bounded(lambda: everything(tmp_path))
     world_of = b'{"info":[' + b"[]," * 1000 + b'[]],"images":[],"annotations":[]}'
     (tmp_path / "f.json").write_bytes(world_of)
     assert "has no records" in bounded(lambda: everything(tmp_path))
 
 
-def test_a_conversation_of_a_hundred_thousand_turns_is_cut_and_one_of_as_many_pictures_refused(tmp_path):
+def test_a_conversation_of_a_hundred_thousand_turns_is_cut_and_one_of_as_many_pictures_refused(
+    tmp_path,
+):
     turns = [{"from": ("human", "gpt")[n % 2], "value": "say something"} for n in range(100_000)]
     world(tmp_path, "conversations", json.dumps([{"id": 1, "conversations": turns}]).encode())
     assert bounded(lambda: everything(tmp_path)) == "read"
@@ -116,22 +142,36 @@ def test_a_conversation_of_a_hundred_thousand_turns_is_cut_and_one_of_as_many_pi
 
 
 def png(width, height, mode, rows=b""):
-    chunk = lambda kind, body: struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, *mode, 0, 0, 0)) + \
-        chunk(b"IDAT", rows or zlib.compress(bytes(1000))) + chunk(b"IEND", b"")
+    chunk = lambda kind, body: (
+        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+    )
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, *mode, 0, 0, 0))
+        + chunk(b"IDAT", rows or zlib.compress(bytes(1000)))
+        + chunk(b"IEND", b"")
+    )
 
 
-@pytest.mark.parametrize("width, height, mode", [(32_000, 32_000, (1, 0)), (10 ** 9, 1, (8, 2)), (9_000, 9_000, (8, 6)),
-                                                 (9_000, 9_000, (16, 0)), (2 ** 31 - 1, 2 ** 31 - 1, (8, 2))])
+@pytest.mark.parametrize(
+    "width, height, mode",
+    [
+        (32_000, 32_000, (1, 0)),
+        (10**9, 1, (8, 2)),
+        (9_000, 9_000, (8, 6)),
+        (9_000, 9_000, (16, 0)),
+        (2**31 - 1, 2**31 - 1, (8, 2)),
+    ],
+)
 def test_a_picture_of_a_billion_pixels_is_refused_by_its_header(tmp_path, width, height, mode):
     world(tmp_path, "image", png(width, height, mode), "im/a.png")
-    assert "pixels" in bounded(lambda: everything(tmp_path))             # and not: is cut short
+    assert "pixels" in bounded(lambda: everything(tmp_path))  # and not: is cut short
 
 
 @pytest.mark.chaos
 @pytest.mark.parametrize("mode, bytes_each", [((8, 2), 3), ((8, 0), 1)])
 def test_the_largest_picture_that_is_let_in_stays_within_the_bounds(tmp_path, mode, bytes_each):
-    side = 9_400                                                         # 88 million pixels, all there
+    side = 9_400  # 88 million pixels, all there
     pack = zlib.compressobj(1)
     rows = b"".join(pack.compress(bytes(side * bytes_each + 1)) for _ in range(side)) + pack.flush()
     world(tmp_path, "image", png(side, side, mode, rows), "im/a.png")
@@ -139,20 +179,28 @@ def test_the_largest_picture_that_is_let_in_stays_within_the_bounds(tmp_path, mo
 
 
 def test_a_picture_that_a_program_would_have_to_draw_is_none(tmp_path, monkeypatch):
-    drawn = []                                                           # by Ghostscript, be it installed here or not
-    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *a, **k: drawn.append(a) or Image.new("L", (9, 9)).im)
+    drawn = []  # by Ghostscript, be it installed here or not
+    monkeypatch.setattr(
+        "PIL.EpsImagePlugin.Ghostscript",
+        lambda *a, **k: drawn.append(a) or Image.new("L", (9, 9)).im,
+    )
     script = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\nshowpage\n"
     world(tmp_path, "image", script, "im/a.png")
-    with pytest.raises(BadInput, match="cannot be read as an image"): everything(tmp_path)
-    with pytest.raises(BadInput): sample.open_image(tmp_path / "im/a.png")
+    with pytest.raises(BadInput, match="cannot be read as an image"):
+        everything(tmp_path)
+    with pytest.raises(BadInput):
+        sample.open_image(tmp_path / "im/a.png")
     assert not drawn
-    Image.open(tmp_path / "im/a.png").load()                             # Pillow by itself has it drawn
+    Image.open(tmp_path / "im/a.png").load()  # Pillow by itself has it drawn
     assert drawn
 
 
 class Attack:
-    def __init__(self, marker): self.marker = marker
-    def __reduce__(self): return (os.system, (f"touch {self.marker}",))
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (os.system, (f"touch {self.marker}",))
 
 
 def test_no_file_of_weights_and_no_index_runs_code(tmp_path, monkeypatch):
@@ -160,25 +208,34 @@ def test_no_file_of_weights_and_no_index_runs_code(tmp_path, monkeypatch):
     attacks = {"new.bin": {}, "old.pth": {"_use_new_zipfile_serialization": False}}
     for name, how in attacks.items():
         torch.save({"x": torch.ones(2), "y": Attack(marker)}, tmp_path / name, **how)
-        with pytest.raises(BadInput, match="refused|cannot be read"): weights.files.Pickled(tmp_path / name)
-        with pytest.raises(BadInput): sample.load_model(tmp_path / name, tiny.TOKENIZER, device="cpu")
+        with pytest.raises(BadInput, match="refused|cannot be read"):
+            weights.files.Pickled(tmp_path / name)
+        with pytest.raises(BadInput):
+            sample.load_model(tmp_path / name, tiny.TOKENIZER, device="cpu")
     assert not marker.exists()
-    Attack(marker).__reduce__()[0](Attack(marker).__reduce__()[1][0])    # it would have worked
+    Attack(marker).__reduce__()[0](Attack(marker).__reduce__()[1][0])  # it would have worked
     assert marker.exists()
 
 
 def test_names_in_tars_and_json_reach_nothing_outside(tmp_path, monkeypatch):
     import io
     import tarfile
+
     secret = tmp_path / "secret.png"
     Image.new("RGB", (20, 20), "red").save(secret)
     (tmp_path / "w").mkdir()
     reader = Mixtures("tar", tmp_path / "w")
     read, opened = [], os.open
-    monkeypatch.setattr(os, "open", lambda path, *a, **k: read.append(str(path)) or opened(path, *a, **k))
+    monkeypatch.setattr(
+        os, "open", lambda path, *a, **k: read.append(str(path)) or opened(path, *a, **k)
+    )
     with tarfile.open(tmp_path / "w/t.tar", "w") as tar:
-        for name, kind, link in (("0.png", tarfile.SYMTYPE, str(secret)), ("1.png", tarfile.LNKTYPE, "../secret.png"),
-                                 ("../2.png", tarfile.REGTYPE, ""), (str(secret), tarfile.REGTYPE, "")):
+        for name, kind, link in (
+            ("0.png", tarfile.SYMTYPE, str(secret)),
+            ("1.png", tarfile.LNKTYPE, "../secret.png"),
+            ("../2.png", tarfile.REGTYPE, ""),
+            (str(secret), tarfile.REGTYPE, ""),
+        ):
             member = tarfile.TarInfo(name)
             member.type, member.linkname = kind, link
             member.size = len(reader.pictures[0]) if kind == tarfile.REGTYPE else 0
@@ -187,9 +244,12 @@ def test_names_in_tars_and_json_reach_nothing_outside(tmp_path, monkeypatch):
             member = tarfile.TarInfo(name)
             member.size = 7
             tar.addfile(member, io.BytesIO(b"a cross"))
-    source, = load_mixture(str(tmp_path / "w/m.toml"), True)
+    (source,) = load_mixture(str(tmp_path / "w/m.toml"), True)
     for number in range(len(source)):
-        try: record = source.read(number)
-        except BadInput as e: assert "has a caption but no image" in str(e); continue
+        try:
+            record = source.read(number)
+        except BadInput as e:
+            assert "has a caption but no image" in str(e)
+            continue
         assert record.refs[0][0].endswith("t.tar"), "a picture of a tar lies in the tar"
     assert not any("secret" in name for name in read)

@@ -1,4 +1,5 @@
 """Inner adaptors: a branch is a deeper LLaMA put together from the base's layers and its own; the base stays itself."""
+
 import copy
 import hashlib
 import json
@@ -45,7 +46,18 @@ from sample import generate_ids
 from support.errors import BadInput
 from text.tokenizer import Tokenizer
 
-FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-rows", "12", "--score-rows", "0"]
+FAST = [
+    "--workers",
+    "0",
+    "--batch",
+    "8",
+    "--log-every",
+    "1",
+    "--eval-rows",
+    "12",
+    "--score-rows",
+    "0",
+]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +72,8 @@ def grown(inner=(0, 1), seed=0, **changed):
     """A base of two layers and its branch mm, all of whose weights have moved away from the base's."""
     m, rng = small(seed, **changed).grow("mm", inner), torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for p in m.llm.branches["mm"].parameters(): p.add_(torch.randn(p.shape, generator=rng) * 0.1)
+        for p in m.llm.branches["mm"].parameters():
+            p.add_(torch.randn(p.shape, generator=rng) * 0.1)
     return m
 
 
@@ -77,27 +90,48 @@ def deeper(m):
 
 # ---- what a branch computes ------------------------------------------------------------------------------------------
 
+
 @torch.no_grad()
 @pytest.mark.parametrize("inner", [[0, 2], [3], [0, 1, 2, 3]])
 def test_a_branch_equals_a_composition_of_transformers_own_decoder_layers(inner):
-    config = TheirConfig(**oracle.LLAMA | dict(num_hidden_layers=4 + len(inner), num_key_value_heads=2))
+    config = TheirConfig(
+        **oracle.LLAMA | dict(num_hidden_layers=4 + len(inner), num_key_value_heads=2)
+    )
     config._attn_implementation = "sdpa"
-    base, own = oracle.randomise(LlamaForCausalLM(config), 0), oracle.randomise(LlamaForCausalLM(config), 1)
-    names = {v.replace("layers.{}.", ""): k.replace("model.layers.{}.", "") for k, v in weights.llama.LLAMA.items()
-             if v and "{}" in v}
-    ours = InfMLLM(Config(ViTConfig(32, 8, 24, 1, 3, 40), LlamaConfig(96, 48, 4, 6, 2, 80), grid=2)).grow("mm", inner)
+    base, own = (
+        oracle.randomise(LlamaForCausalLM(config), 0),
+        oracle.randomise(LlamaForCausalLM(config), 1),
+    )
+    names = {
+        v.replace("layers.{}.", ""): k.replace("model.layers.{}.", "")
+        for k, v in weights.llama.LLAMA.items()
+        if v and "{}" in v
+    }
+    ours = InfMLLM(
+        Config(ViTConfig(32, 8, 24, 1, 3, 40), LlamaConfig(96, 48, 4, 6, 2, 80), grid=2)
+    ).grow("mm", inner)
 
     def take(ours, theirs):
-        for name, p in ours.named_parameters(): p.copy_(theirs.get_parameter(names[name]))
+        for name, p in ours.named_parameters():
+            p.copy_(theirs.get_parameter(names[name]))
+
     branch, llm = ours.llm.branches["mm"], ours.llm
-    for layer, theirs in zip(llm.layers, base.model.layers): take(layer, theirs)
-    for layer, theirs in zip(branch.layers, own.model.layers): take(layer, theirs)
-    branch.embed.weight.copy_(own.model.embed_tokens.weight), branch.norm.weight.copy_(own.model.norm.weight)
+    for layer, theirs in zip(llm.layers, base.model.layers):
+        take(layer, theirs)
+    for layer, theirs in zip(branch.layers, own.model.layers):
+        take(layer, theirs)
+    (
+        branch.embed.weight.copy_(own.model.embed_tokens.weight),
+        branch.norm.weight.copy_(own.model.norm.weight),
+    )
     branch.lm_head.weight.copy_(own.lm_head.weight)
 
     tokens = torch.randint(0, 96, (3, 40), generator=torch.Generator().manual_seed(0))
     place = torch.arange(40)[None]
-    x, mask = own.model.embed_tokens(tokens), torch.ones(40, 40, dtype=torch.bool).tril()[None, None]
+    x, mask = (
+        own.model.embed_tokens(tokens),
+        torch.ones(40, 40, dtype=torch.bool).tril()[None, None],
+    )
     turn, follows = LlamaRotaryEmbedding(config)(x, place), iter(own.model.layers)
     for i in range(4):
         for layer in [base.model.layers[i]] + ([next(follows)] if i in inner else []):
@@ -116,7 +150,8 @@ def test_a_new_branch_computes_the_bases_function_to_the_bit(inner):
     m.grow("mm", inner)
     assert m.llm.inner == len(inner) and torch.equal(m(pictures(2), tokens), want)
     assert not torch.equal(grown(inner)(pictures(2), tokens), want)
-    with m.using(None): assert m.llm.inner == 0 and torch.equal(m.llm(rows(text(9))), alone)
+    with m.using(None):
+        assert m.llm.inner == 0 and torch.equal(m.llm(rows(text(9))), alone)
 
 
 @pytest.mark.parametrize("inner", [[0, 1], [0], [1]])
@@ -125,14 +160,21 @@ def test_a_branch_is_the_deeper_model_in_loss_gradients_recomputation_and_flops(
     plain = deeper(m).freeze(3)
     images, tokens, targets = batch()
     losses = [x(images, tokens, targets) for x in (m, plain)]
-    for loss in losses: loss.backward()
+    for loss in losses:
+        loss.backward()
     assert losses[0].item() == losses[1].item()
     own, theirs = m.llm.branches["mm"], plain.llm
     places = [n for n, (_, i) in enumerate(m.llm.stack()) if i >= 2]
-    pairs = [(own.embed, theirs.embed), (own.norm, theirs.norm), (own.lm_head, theirs.lm_head),
-             (own.adapter, plain.adapter), *zip(own.layers, [theirs.layers[n] for n in places])]
+    pairs = [
+        (own.embed, theirs.embed),
+        (own.norm, theirs.norm),
+        (own.lm_head, theirs.lm_head),
+        (own.adapter, plain.adapter),
+        *zip(own.layers, [theirs.layers[n] for n in places]),
+    ]
     for ours, others in pairs:
-        for p, q in zip(ours.parameters(), others.parameters()): assert torch.equal(p.grad, q.grad)
+        for p, q in zip(ours.parameters(), others.parameters()):
+            assert torch.equal(p.grad, q.grad)
     assert all((p.grad is not None) == n.startswith(BRANCHES) for n, p in m.named_parameters())
     grads = [p.grad for p in own.parameters()]
     m.zero_grad(), setattr(m.llm, "recompute", True)
@@ -147,7 +189,7 @@ def test_a_branch_is_the_deeper_model_in_loss_gradients_recomputation_and_flops(
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
             m(pictures(1), tokens, targets).backward()
         ours = sum(flops(m.config, 11, 6, stage, tune, m.llm.active).values())
-        ours += 3 * (2 + m.llm.inner) * 2 * 15 * 15 * 32 + 2 * 6 * 32 * 50            # as in test_model
+        ours += 3 * (2 + m.llm.inner) * 2 * 15 * 15 * 32 + 2 * 6 * 32 * 50  # as in test_model
         assert counter.get_total_flops() == ours, (stage, tune)
 
 
@@ -160,18 +202,27 @@ def test_cache_and_padding_are_those_of_the_deeper_model():
     cache = Cache(llm.config, 3, 12, "cpu", torch.float32, llm.inner)
     assert cache.kv.shape[0] == 3
     got = torch.cat([llm(tokens[:, a:b], cache, pad) for a, b in ((0, 9), (9, 10), (10, 12))], 1)
-    for i, n in enumerate(pad): assert (got[i, n:] - want[i, n:]).abs().max() < 1e-5
+    for i, n in enumerate(pad):
+        assert (got[i, n:] - want[i, n:]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("mode", [{}, {"beams": 4, "length_penalty": 0.0}, {"temperature": 0.9, "seed": 3}])
+@pytest.mark.parametrize(
+    "mode", [{}, {"beams": 4, "length_penalty": 0.0}, {"temperature": 0.9, "seed": 3}]
+)
 def test_generation_in_a_branch_is_the_deeper_models_and_text_alone_is_the_bases(mode):
     m = grown()
-    asked, images = [[1] + IMG + text(4), [1, 5] + IMG + text(9, 2), [1] + IMG + text(2, 3)], pictures(3)
+    asked, images = (
+        [[1] + IMG + text(4), [1, 5] + IMG + text(9, 2), [1] + IMG + text(2, 3)],
+        pictures(3),
+    )
     assert generate_ids(m, images, asked, max_new_tokens=9, **mode) == generate_ids(
-        deeper(m), images, asked, max_new_tokens=9, **mode)
+        deeper(m), images, asked, max_new_tokens=9, **mode
+    )
     alone = [[1] + text(4), [1] + text(11, 2)]
     said = generate_ids(m, pictures(0), alone, max_new_tokens=9, **mode)
-    assert m.llm.active == "mm" and said == generate_ids(small(), pictures(0), alone, max_new_tokens=9, **mode)
+    assert m.llm.active == "mm" and said == generate_ids(
+        small(), pictures(0), alone, max_new_tokens=9, **mode
+    )
     with m.using("mm"), pytest.raises(AssertionError, match="two calls"):
         generate_ids(m, images[:1], asked[:1] + alone, **mode)
 
@@ -180,17 +231,23 @@ def test_generation_in_a_branch_is_the_deeper_models_and_text_alone_is_the_bases
 def test_what_the_shipped_llm_reads_is_measured_and_a_branch_leaves_it_and_tuning_does_not():
     assets = tiny.ROOT / "assets/toy"
     m, tokenizer = weights.checkpoint.load(assets), Tokenizer(assets)
-    read = lambda: tools.backbones.reading(m.llm, tokenizer, assets / "slots.safetensors", scenes=12)
+    read = lambda: tools.backbones.reading(
+        m.llm, tokenizer, assets / "slots.safetensors", scenes=12
+    )
     before = read()
     assert before["loss"] < 0.4 and before["right"] > 0.9 and before["tokens"] > 500
-    for p in m.grow("mm", [0, 3]).llm.branches["mm"].parameters(): p.mul_(1.5)
-    with m.using(None): assert read() == before
+    for p in m.grow("mm", [0, 3]).llm.branches["mm"].parameters():
+        p.mul_(1.5)
+    with m.using(None):
+        assert read() == before
     for name, p in m.llm.named_parameters():
-        if trains(f"llm.{name}", 2): p.mul_(1.5)
+        if trains(f"llm.{name}", 2):
+            p.mul_(1.5)
     assert read()["loss"] > before["loss"] + 0.1
 
 
 # ---- what is saved and loaded ----------------------------------------------------------------------------------------
+
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
@@ -202,8 +259,25 @@ def world(tmp_path_factory):
         patch.chdir(folder)
         patch.setattr(train, "plot", lambda folder: None)
         for argv in ("--stage 2 --out mm", "--stage 3 --branch chat --inner-layers 1 --out chat"):
-            assert train.main([*argv.split(), "--tune", "inner", "--init", "start", "--steps", "6", "--lr", "1e-2",
-                               "--eval-every", "0", *FAST]) == 0
+            assert (
+                train.main(
+                    [
+                        *argv.split(),
+                        "--tune",
+                        "inner",
+                        "--init",
+                        "start",
+                        "--steps",
+                        "6",
+                        "--lr",
+                        "1e-2",
+                        "--eval-every",
+                        "0",
+                        *FAST,
+                    ]
+                )
+                == 0
+            )
     torch.set_num_threads(threads)
     return folder
 
@@ -215,7 +289,8 @@ def here(world, monkeypatch, tmp_path):
     return tmp_path
 
 
-def run(*argv): return train.main([str(a) for a in (*argv, *FAST)])
+def run(*argv):
+    return train.main([str(a) for a in (*argv, *FAST)])
 
 
 def digest(folder):
@@ -225,15 +300,25 @@ def digest(folder):
 def shown(m, tokenizer, image=None):
     """Logits of a text, and greedy answers to it and to three questions without and, with an image, one about it."""
     tokens = torch.tensor([[1] + tokenizer.encode("what colour is a circle?")])
-    with torch.no_grad(), m.using(None): logits = m.llm.head(m.llm(tokens))
-    return logits, sample.generate(m, tokenizer, [None] * 4, [f"say {n}" for n in "abcd"], max_new_tokens=12)
+    with torch.no_grad(), m.using(None):
+        logits = m.llm.head(m.llm(tokens))
+    return logits, sample.generate(
+        m, tokenizer, [None] * 4, [f"say {n}" for n in "abcd"], max_new_tokens=12
+    )
 
 
 def test_text_alone_is_the_base_to_the_bit_whatever_branches_were_trained_and_loaded(here, world):
     tokenizer, base = Tokenizer(tiny.TOKENIZER), weights.checkpoint.load("start")
     logits, said = shown(base, tokenizer)
-    one, both = weights.checkpoint.load("mm"), weights.checkpoint.add_branch(weights.checkpoint.load("mm"), "chat")
-    assert one.llm.active == "mm" and both.llm.active == "chat" and set(both.llm.branches) == {"mm", "chat"}
+    one, both = (
+        weights.checkpoint.load("mm"),
+        weights.checkpoint.add_branch(weights.checkpoint.load("mm"), "chat"),
+    )
+    assert (
+        one.llm.active == "mm"
+        and both.llm.active == "chat"
+        and set(both.llm.branches) == {"mm", "chat"}
+    )
     image = Image.new("RGB", (16, 16), (222, 40, 44))
     seen = {}
     for m, branch in ((one, "mm"), (both, "chat"), (both, "mm")):
@@ -241,42 +326,72 @@ def test_text_alone_is_the_base_to_the_bit_whatever_branches_were_trained_and_lo
         assert torch.equal(shown(m, tokenizer)[0], logits) and shown(m, tokenizer)[1] == said
         ids = torch.tensor([[1, *[-1] * 4, 5, 6]])
         seen.setdefault(m.llm.active, []).append(m(torch.zeros(1, 3, 16, 16), ids))
-        mixed = sample.generate(m, tokenizer, [None, image, None], ["say a", "<ImageHere> say a", "say b"],
-                                max_new_tokens=12)
+        mixed = sample.generate(
+            m,
+            tokenizer,
+            [None, image, None],
+            ["say a", "<ImageHere> say a", "say b"],
+            max_new_tokens=12,
+        )
         assert mixed[::2] == said[:2]
-    assert torch.equal(seen["mm"][0], seen["mm"][1]) and not torch.equal(seen["mm"][0], seen["chat"][0])
+    assert torch.equal(seen["mm"][0], seen["mm"][1]) and not torch.equal(
+        seen["mm"][0], seen["chat"][0]
+    )
     assert not torch.equal(seen["mm"][0], base(torch.zeros(1, 3, 16, 16), ids))
 
 
 def test_a_branch_trains_alone_and_its_checkpoint_holds_it_alone(here, world):
     for folder, branch, inner in (("mm", "mm", [0, 1]), ("chat", "chat", [1])):
-        saved = weights.files.load_tensors(weights.checkpoint.find(world / folder) / "model.safetensors")
+        saved = weights.files.load_tensors(
+            weights.checkpoint.find(world / folder) / "model.safetensors"
+        )
         m = weights.checkpoint.load("start").grow(branch, inner)
         assert saved.keys() == {n for n, _ in m.named_parameters() if trains(n, 2, "inner", branch)}
-        assert saved.keys() == {n for n, _ in m.named_parameters() if n.startswith(f"{BRANCHES}{branch}.")}
+        assert saved.keys() == {
+            n for n, _ in m.named_parameters() if n.startswith(f"{BRANCHES}{branch}.")
+        }
         for name, p in m.named_parameters():
-            if name in saved: assert not torch.equal(saved[name], p), f"{name} has not moved"
-        assert all((saved[f"{BRANCHES}{branch}.layers.0.{x}.weight"] != 0).any() for x in ("o", "down"))
+            if name in saved:
+                assert not torch.equal(saved[name], p), f"{name} has not moved"
+        assert all(
+            (saved[f"{BRANCHES}{branch}.layers.0.{x}.weight"] != 0).any() for x in ("o", "down")
+        )
     described = support.files.read_json(weights.checkpoint.find("mm") / "config.json")
-    assert described["base"] == {"path": "../../start", "weights": weights.checkpoint.fingerprint("start")}
+    assert described["base"] == {
+        "path": "../../start",
+        "weights": weights.checkpoint.fingerprint("start"),
+    }
 
 
 def test_a_branch_without_its_base_or_with_another_is_refused_in_a_sentence(here, world, capsys):
-    for name in ("start", "mm"): shutil.copytree(world / name, here / name)
+    for name in ("start", "mm"):
+        shutil.copytree(world / name, here / name)
     shutil.move(here / "start", here / "moved")
-    with pytest.raises(BadInput, match="is a branch of ../../start, seen from there.*--ckpt BASE --branch BRANCH"):
+    with pytest.raises(
+        BadInput, match="is a branch of ../../start, seen from there.*--ckpt BASE --branch BRANCH"
+    ):
         weights.checkpoint.load(here / "mm")
     model, _ = sample.load_model(here / "moved", branch=str(here / "mm"))
-    assert model.llm.active == "mm" and sample.load_model(here / "moved", branch="none")[0].llm.active is None
+    assert (
+        model.llm.active == "mm"
+        and sample.load_model(here / "moved", branch="none")[0].llm.active is None
+    )
     weights.checkpoint.save(here / "start", tiny.model(1), Tokenizer(tiny.TOKENIZER))
-    with pytest.raises(BadInput, match="this model has other weights; take the base"): weights.checkpoint.load(here / "mm")
-    with pytest.raises(BadInput, match="is a whole model and no branch"): weights.checkpoint.add_branch(model, "start")
-    with pytest.raises(BadInput, match="has a branch mm already"): weights.checkpoint.add_branch(model, "mm")
-    with pytest.raises(BadInput, match="--branch ground: is neither a folder nor a branch .* has mm"):
+    with pytest.raises(BadInput, match="this model has other weights; take the base"):
+        weights.checkpoint.load(here / "mm")
+    with pytest.raises(BadInput, match="is a whole model and no branch"):
+        weights.checkpoint.add_branch(model, "start")
+    with pytest.raises(BadInput, match="has a branch mm already"):
+        weights.checkpoint.add_branch(model, "mm")
+    with pytest.raises(
+        BadInput, match="--branch ground: is neither a folder nor a branch .* has mm"
+    ):
         sample.take_branch(model, "ground")
     small_pictures = weights.checkpoint.load("start", image_size=8).grow("mm", [0])
     small_pictures.config.llm.branches = {"other": [0]}
-    tensors = {n.replace(".mm.", ".other."): p for n, p in small_pictures.named_parameters() if ".mm." in n}
+    tensors = {
+        n.replace(".mm.", ".other."): p for n, p in small_pictures.named_parameters() if ".mm." in n
+    }
     weights.checkpoint.save(here / "other", (small_pictures.config, tensors), base="start")
     with pytest.raises(BadInput, match="are .8, 2., those of the branch mm are .16, 2."):
         weights.checkpoint.add_branch(model, here / "other")
@@ -284,9 +399,24 @@ def test_a_branch_without_its_base_or_with_another_is_refused_in_a_sentence(here
 
 def test_evaluation_asks_the_branch_about_pictures_and_the_base_about_the_rest(here, capsys):
     import evaluate
-    common = ["--data", "out/toy/heldout.toml", "--beams", "1", "--max-new-tokens", "8", "--limit", "12", "--json"]
+
+    common = [
+        "--data",
+        "out/toy/heldout.toml",
+        "--beams",
+        "1",
+        "--max-new-tokens",
+        "8",
+        "--limit",
+        "12",
+        "--json",
+    ]
     said = {}
-    for name, argv in (("base", ["start"]), ("branch", ["mm"]), ("added", ["start", "--branch", "mm"])):
+    for name, argv in (
+        ("base", ["start"]),
+        ("branch", ["mm"]),
+        ("added", ["start", "--branch", "mm"]),
+    ):
         evaluate.main(["--ckpt", *argv, *common, "--out", str(here / name)])
         lines = [json.loads(line) for line in open(here / name / "predictions.jsonl")]
         said[name] = {(r["source"], r["number"], r["turn"]): r["said"] for r in lines}
@@ -299,40 +429,127 @@ def test_evaluation_asks_the_branch_about_pictures_and_the_base_about_the_rest(h
 
 # ---- training --------------------------------------------------------------------------------------------------------
 
+
 def test_a_branch_goes_on_exactly_after_a_stop_and_into_the_next_stage(here, world, capsys):
-    common = ["--stage", 2, "--tune", "inner", "--init", "start", "--steps", 6, "--eval-every", 0, "--save-every", 2,
-              "--keep", 9]
+    common = [
+        "--stage",
+        2,
+        "--tune",
+        "inner",
+        "--init",
+        "start",
+        "--steps",
+        6,
+        "--eval-every",
+        0,
+        "--save-every",
+        2,
+        "--keep",
+        9,
+    ]
     before = digest(world / "start")
-    for name in ("whole", "cut"): assert run(*common, "--out", here / name) == 0
-    for step in (4, 6): shutil.rmtree(here / f"cut/step-{step:08d}")
-    assert run("--stage", 2, "--resume", "--save-every", 2, "--keep", 9, "--eval-every", 0, "--out", here / "cut") == 0
+    for name in ("whole", "cut"):
+        assert run(*common, "--out", here / name) == 0
+    for step in (4, 6):
+        shutil.rmtree(here / f"cut/step-{step:08d}")
+    assert (
+        run(
+            "--stage",
+            2,
+            "--resume",
+            "--save-every",
+            2,
+            "--keep",
+            9,
+            "--eval-every",
+            0,
+            "--out",
+            here / "cut",
+        )
+        == 0
+    )
     ends = [digest(here / name / "step-00000006") for name in ("cut", "whole")]
-    for file in ("model.safetensors", "optimizer.safetensors", "config.json"): assert ends[0][file] == ends[1][file]
+    for file in ("model.safetensors", "optimizer.safetensors", "config.json"):
+        assert ends[0][file] == ends[1][file]
     assert tiny.losses(here / "cut") == tiny.losses(here / "whole")
     assert digest(world / "start") == before
-    assert "next: python train.py --stage 3 --tune inner --branch mm --init" in capsys.readouterr().out
-    assert run("--stage", 3, "--tune", "inner", "--init", here / "whole", "--out", here / "next", "--steps", 1,
-               "--eval-every", 0) == 0
+    assert (
+        "next: python train.py --stage 3 --tune inner --branch mm --init" in capsys.readouterr().out
+    )
+    assert (
+        run(
+            "--stage",
+            3,
+            "--tune",
+            "inner",
+            "--init",
+            here / "whole",
+            "--out",
+            here / "next",
+            "--steps",
+            1,
+            "--eval-every",
+            0,
+        )
+        == 0
+    )
     described = support.files.read_json(weights.checkpoint.find(here / "next") / "config.json")
     assert described["base"]["weights"] == weights.checkpoint.fingerprint("start")
     assert described["model"]["llm"]["branches"] == {"mm": [0, 1]}
     for argv, sentence in (
-            (["--init", "mm"], "is a branch, mm; --tune inner trains it on"),
-            (["--init", "mm", "--tune", "inner", "--inner-layers", "0"], "has the branch mm after [0, 1]; leave"),
-            (["--init", "start", "--tune", "inner", "--inner-layers", "0,7"], "the LLM has layers 0 to 1, not [0, 7]"),
-            (["--init", "start", "--branch", "x"], "describe what --tune inner trains; add it"),
-            (["--init", "start", "--tune", "inner", "--lr", "vit=1"], "keeps the vit frozen; leave it out"),
-            (["--out", here / "whole", "--resume", "--tune", "qv"], "--tune: the run in")):
-        assert run("--stage", 2, "--out", here / "refused", *argv) == 2 and sentence in capsys.readouterr().err
+        (["--init", "mm"], "is a branch, mm; --tune inner trains it on"),
+        (
+            ["--init", "mm", "--tune", "inner", "--inner-layers", "0"],
+            "has the branch mm after [0, 1]; leave",
+        ),
+        (
+            ["--init", "start", "--tune", "inner", "--inner-layers", "0,7"],
+            "the LLM has layers 0 to 1, not [0, 7]",
+        ),
+        (["--init", "start", "--branch", "x"], "describe what --tune inner trains; add it"),
+        (
+            ["--init", "start", "--tune", "inner", "--lr", "vit=1"],
+            "keeps the vit frozen; leave it out",
+        ),
+        (["--out", here / "whole", "--resume", "--tune", "qv"], "--tune: the run in"),
+    ):
+        assert (
+            run("--stage", 2, "--out", here / "refused", *argv) == 2
+            and sentence in capsys.readouterr().err
+        )
 
 
 def test_a_base_that_is_pieced_together_is_written_beside_its_branch(here, world, capsys):
-    weights.llama.export_llama(weights.checkpoint.load("mm").llm, here / "llm")                 # the base's, without the branch
-    assert run("--stage", 1, "--init", "start", "--llm", here / "llm", "--tokenizer", tiny.TOKENIZER, "--tune", "inner",
-               "--out", here / "o", "--steps", 1, "--eval-every", 0) == 0
+    weights.llama.export_llama(
+        weights.checkpoint.load("mm").llm, here / "llm"
+    )  # the base's, without the branch
+    assert (
+        run(
+            "--stage",
+            1,
+            "--init",
+            "start",
+            "--llm",
+            here / "llm",
+            "--tokenizer",
+            tiny.TOKENIZER,
+            "--tune",
+            "inner",
+            "--out",
+            here / "o",
+            "--steps",
+            1,
+            "--eval-every",
+            0,
+        )
+        == 0
+    )
     assert f"is written to {here}/o/base" in capsys.readouterr().out
     m, base = weights.checkpoint.load(here / "o"), weights.checkpoint.load("start")
-    assert all(torch.equal(p, q) for p, q in zip(m.use(None).llm.layers.parameters(), base.llm.layers.parameters()))
+    assert all(
+        torch.equal(p, q)
+        for p, q in zip(m.use(None).llm.layers.parameters(), base.llm.layers.parameters())
+    )
     assert weights.checkpoint.load(here / "o/base").config == base.config
 
 
@@ -341,12 +558,37 @@ def test_many_processes_train_a_branch_as_one_does(here, world):
     weights = {}
     for ranks, extra in ((1, ()), (2, ()), (2, ("--shard", "--recompute"))):
         out = here / f"{ranks}{len(extra)}"
-        argv = ["--stage", 3, "--tune", "inner", "--init", world / "start", "--data", world / "out/toy/stage3.toml",
-                "--out", out, "--steps", 4, *FAST, "--eval-every", 4, "--save-every", 0, "--dtype", "fp64", *extra]
-        if ranks == 1: assert train.main([str(a) for a in argv]) == 0
-        else: assert tiny.finish(tiny.start(here, *argv, world=ranks)) == [0] * ranks, tiny.said(here)[-3000:]
+        argv = [
+            "--stage",
+            3,
+            "--tune",
+            "inner",
+            "--init",
+            world / "start",
+            "--data",
+            world / "out/toy/stage3.toml",
+            "--out",
+            out,
+            "--steps",
+            4,
+            *FAST,
+            "--eval-every",
+            4,
+            "--save-every",
+            0,
+            "--dtype",
+            "fp64",
+            *extra,
+        ]
+        if ranks == 1:
+            assert train.main([str(a) for a in argv]) == 0
+        else:
+            assert tiny.finish(tiny.start(here, *argv, world=ranks)) == [0] * ranks, tiny.said(
+                here
+            )[-3000:]
         saved = weights.files.load_tensors(weights.checkpoint.find(out) / "model.safetensors")
-        if weights: assert saved.keys() == weights.keys()
+        if weights:
+            assert saved.keys() == weights.keys()
         weights = weights or saved
         assert max((saved[n] - weights[n]).abs().max() for n in weights) < 1e-9
         assert next(iter(saved.values())).dtype == torch.float64
@@ -356,15 +598,28 @@ def test_a_plan_counts_a_branch_and_its_kept_bytes_are_autograds(capsys, monkeyp
     monkeypatch.chdir(tmp_path)
     assert train.main("--stage 2 --preset infmllm-7b --tune inner --plan --gpus 1x139".split()) == 0
     said = capsys.readouterr().out
-    assert "layers of its own after 0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31 of the LLM's 32" in said
+    assert (
+        "layers of its own after 0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31 of the LLM's 32"
+        in said
+    )
     assert "vit               0   986.98M" in said and "llm           3.10B     6.74B" in said
     from test_plan import saved_bytes
-    s = {"stage": 3, "tune": "inner", "branch": "mm", "rows": 3, "text": 40, "answer": 8, "dtype": "fp32",
-         "recompute": False}
+
+    s = {
+        "stage": 3,
+        "tune": "inner",
+        "branch": "mm",
+        "rows": 3,
+        "text": 40,
+        "answer": 8,
+        "dtype": "fp32",
+        "recompute": False,
+    }
 
     def make(inner):
         llm = LlamaConfig(128, 64, 6, 4, 2, 160, branches={"mm": inner})
         return Config(ViTConfig(32, 4, 32, 1, 4, 96), llm, grid=4)
+
     for few, many in (([0], [0, 1, 2, 3]), ([5], [0, 1, 4, 5])):
         calculated = support.plan.kept(make(many), s) - support.plan.kept(make(few), s)
         measured = saved_bytes(make(many), s) - saved_bytes(make(few), s)
@@ -373,22 +628,45 @@ def test_a_plan_counts_a_branch_and_its_kept_bytes_are_autograds(capsys, monkeyp
 
 # ---- the released model ----------------------------------------------------------------------------------------------
 
-LLAMA3_8B = LLAMA2_7B | dict(model_type="IAA", intermediate_size=14336, num_key_value_heads=8, vocab_size=128256,
-                             max_position_embeddings=8192, rope_theta=500000.0)
+LLAMA3_8B = LLAMA2_7B | dict(
+    model_type="IAA",
+    intermediate_size=14336,
+    num_key_value_heads=8,
+    vocab_size=128256,
+    max_position_embeddings=8192,
+    rope_theta=500000.0,
+)
 
 
 def iaa_published(head="condtion"):
     """Names and shapes by the layout in FACTS.md: LLaMA-3-8B, LLaVA's tower, and two branches of 14 layers each."""
-    V, D, base = 128256, 4096, shapes_of(lambda: LlamaForCausalLM(hf_config(TheirConfig, LLAMA3_8B)))
-    layer = {k.removeprefix("model.layers.0."): s for k, s in base.items() if k.startswith("model.layers.0.")}
+    V, D, base = (
+        128256,
+        4096,
+        shapes_of(lambda: LlamaForCausalLM(hf_config(TheirConfig, LLAMA3_8B))),
+    )
+    layer = {
+        k.removeprefix("model.layers.0."): s
+        for k, s in base.items()
+        if k.startswith("model.layers.0.")
+    }
     tower = shapes_of(lambda: CLIPVisionModel(hf_config(oracle.CLIPVisionConfig, CLIP_L_336)))
-    shapes = base | {f"model.vision_tower.vision_tower.vision_model.{k}": s for k, s in tower.items()}
+    shapes = base | {
+        f"model.vision_tower.vision_tower.vision_model.{k}": s for k, s in tower.items()
+    }
     for end, projector in (("", "mm_projector"), ("_grounding", "mm_projector_G")):
-        shapes |= {f"model.condition_layers{end}.{n}.{k}": s for n in range(14) for k, s in layer.items()}
-        shapes |= {f"model.embed_tokens_condition{end}.weight": (V, D), f"model.norm_condition{end}.weight": (D,),
-                   f"lm_head_{head}{end}.weight": (V, D),
-                   f"model.{projector}.0.weight": (D, 1024), f"model.{projector}.0.bias": (D,),
-                   f"model.{projector}.2.weight": (D, D), f"model.{projector}.2.bias": (D,)}
+        shapes |= {
+            f"model.condition_layers{end}.{n}.{k}": s for n in range(14) for k, s in layer.items()
+        }
+        shapes |= {
+            f"model.embed_tokens_condition{end}.weight": (V, D),
+            f"model.norm_condition{end}.weight": (D,),
+            f"lm_head_{head}{end}.weight": (V, D),
+            f"model.{projector}.0.weight": (D, 1024),
+            f"model.{projector}.0.bias": (D,),
+            f"model.{projector}.2.weight": (D, D),
+            f"model.{projector}.2.bias": (D,),
+        }
     return shapes
 
 
@@ -396,42 +674,68 @@ def iaa_published(head="condtion"):
 def test_every_tensor_of_the_released_iaa_finds_its_place(head):
     shapes = iaa_published(head)
     ours = weights.iaa.iaa_model(LLAMA3_8B, "config.json")
-    assert ours.config.llm.branches == {name: [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
-                                        for name in ("mm", "grounding")}
+    assert ours.config.llm.branches == {
+        name: [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31] for name in ("mm", "grounding")
+    }
     plan = weights.rename.moves(ours, shapes, weights.iaa.iaa(ours.config), "IAA")
     dropped = {k for k, targets in plan if not any(targets)}
-    assert all("encoder.layers.23." in k or "post_layernorm" in k or k.endswith("k_proj.bias") for k in dropped)
+    assert all(
+        "encoder.layers.23." in k or "post_layernorm" in k or k.endswith("k_proj.bias")
+        for k in dropped
+    )
     assert sum(torch.Size(shapes[k]).numel() for k in shapes.keys() - dropped) == count(ours)
     where = {k: targets[0][0] for k, targets in plan if k not in dropped}
-    assert where["model.condition_layers_grounding.13.mlp.up_proj.weight"] == f"{BRANCHES}grounding.layers.13.up.weight"
+    assert (
+        where["model.condition_layers_grounding.13.mlp.up_proj.weight"]
+        == f"{BRANCHES}grounding.layers.13.up.weight"
+    )
     assert where["model.mm_projector_G.2.weight"] == f"{BRANCHES}grounding.adapter.fc2.weight"
 
 
-def test_loading_the_released_iaa_says_what_prompting_it_needs_and_sample_refuses_it(tmp_path, capsys, monkeypatch):
+def test_loading_the_released_iaa_says_what_prompting_it_needs_and_sample_refuses_it(
+    tmp_path, capsys, monkeypatch
+):
     monkeypatch.setattr(weights.iaa, "IAA_INNER", [0, 2])
     tower = dict(image_size=28, width=16, heads=2, mlp=24, layers=1)
     monkeypatch.setattr(weights.iaa, "CLIP_L", weights.iaa.CLIP_L | tower)
-    d = dict(model_type="IAA", hidden_size=32, intermediate_size=48, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, vocab_size=60, rms_norm_eps=1e-5, rope_theta=5e5)
+    d = dict(
+        model_type="IAA",
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=60,
+        rms_norm_eps=1e-5,
+        rope_theta=5e5,
+    )
     (tmp_path / "config.json").write_text(json.dumps(d))
     m, rng = weights.iaa.iaa_model(d, "x"), torch.Generator().manual_seed(0)
     state = {}
     ours = {n: p.shape for n, p in m.named_parameters()}
     for theirs, name in weights.iaa.iaa(m.config).items():
-        if name is None or theirs.startswith("lm_head_condition"): continue
+        if name is None or theirs.startswith("lm_head_condition"):
+            continue
         for n in range(3):
             key, target = theirs.replace("{}", str(n)), name.replace("{}", str(n))
-            target, third, _ = target.partition("[")                                 # q, k and v are one matrix of ours
-            if target not in ours: continue
+            target, third, _ = target.partition("[")  # q, k and v are one matrix of ours
+            if target not in ours:
+                continue
             length, *rest = ours[target]
             state[key] = torch.randn(length // 3 if third else length, *rest, generator=rng)
     torch.save(state, tmp_path / "pytorch_model.bin")
     m = weights.iaa.load_iaa(tmp_path)
     assert "LLaMA-3's tokenizer, which this program does not read" in capsys.readouterr().err
-    assert torch.equal(m.llm.branches["grounding"].layers[1].up.weight,
-                       state["model.condition_layers_grounding.1.mlp.up_proj.weight"])
+    assert torch.equal(
+        m.llm.branches["grounding"].layers[1].up.weight,
+        state["model.condition_layers_grounding.1.mlp.up_proj.weight"],
+    )
     assert torch.equal(m.llm.branches["mm"].adapter.fc2.bias, state["model.mm_projector.2.bias"])
     with torch.no_grad():
-        said = [m.use(name)(torch.zeros(1, 3, 28, 28), torch.tensor([[1] + [-1] * 4 + [5]])) for name in m.llm.branches]
+        said = [
+            m.use(name)(torch.zeros(1, 3, 28, 28), torch.tensor([[1] + [-1] * 4 + [5]]))
+            for name in m.llm.branches
+        ]
     assert not torch.equal(*said)
-    with pytest.raises(BadInput, match="LLaMA-3's tokenizer"): sample.load_model(tmp_path)
+    with pytest.raises(BadInput, match="LLaMA-3's tokenizer"):
+        sample.load_model(tmp_path)

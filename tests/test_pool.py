@@ -1,4 +1,5 @@
 """The pooling kernel (in Triton's interpreter) and its reference against float64 loops that share no line with them."""
+
 import os
 import subprocess
 import sys
@@ -10,11 +11,29 @@ import torch
 import adapter
 import pool_triton
 
-SHAPES = [(1, 1, 5), (2, 1, 8), (2, 2, 16), (3, 2, 7), (4, 2, 33), (4, 3, 12), (5, 3, 1), (2, 3, 6)]   # s, P, D
+SHAPES = [
+    (1, 1, 5),
+    (2, 1, 8),
+    (2, 2, 16),
+    (3, 2, 7),
+    (4, 2, 33),
+    (4, 3, 12),
+    (5, 3, 1),
+    (2, 3, 6),
+]  # s, P, D
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
-CASES = [(*shape, dtype, affine) for shape in SHAPES for dtype in DTYPES for affine in (False, True)]
-STEP = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2 ** -7, torch.float16: 2 ** -10}  # one rounding
-interpreted = pytest.mark.skipif(not pool_triton.INTERPRETED, reason="a GPU is here: test_pool_cuda.py runs the kernel")
+CASES = [
+    (*shape, dtype, affine) for shape in SHAPES for dtype in DTYPES for affine in (False, True)
+]
+STEP = {
+    torch.float64: 1e-12,
+    torch.float32: 1e-5,
+    torch.bfloat16: 2**-7,
+    torch.float16: 2**-10,
+}  # one rounding
+interpreted = pytest.mark.skipif(
+    not pool_triton.INTERPRETED, reason="a GPU is here: test_pool_cuda.py runs the kernel"
+)
 
 
 def loops(x, weight, bias, P, eps=1e-5):
@@ -24,7 +43,8 @@ def loops(x, weight, bias, P, eps=1e-5):
     if weight is not None:
         centred = x - x.mean(-1, keepdim=True)
         x = centred / (centred.square().mean(-1, keepdim=True) + eps).sqrt() * weight.double()
-        if bias is not None: x = x + bias.double()
+        if bias is not None:
+            x = x + bias.double()
     x = x.reshape(-1, s, s, x.shape[-1])
     edge = [(i * s // P, -(-(i + 1) * s // P)) for i in range(P)]
     return torch.stack([x[:, a:b, c:d].mean((1, 2)) for a, b in edge for c, d in edge], 1)
@@ -32,7 +52,8 @@ def loops(x, weight, bias, P, eps=1e-5):
 
 def layout(t, kind):
     """The same numbers (N, T, D) elsewhere: as they are, inside a larger tensor, or with D not the last in memory."""
-    if kind == 0: return t.clone()
+    if kind == 0:
+        return t.clone()
     if kind == 1:
         wide = t.new_full((2 * t.shape[0], t.shape[1] + 3, t.shape[2] + 2), float("nan"))
         return wide[::2, 2:-1, 1:-1].copy_(t)
@@ -40,12 +61,16 @@ def layout(t, kind):
 
 
 def make(s, P, D, dtype, affine, device="cpu", N=None, bias=True):
-    N = N or (2 if s < 5 else 1)                                     # the interpreter is slow
+    N = N or (2 if s < 5 else 1)  # the interpreter is slow
     seed = torch.Generator().manual_seed(1000 * s + 100 * P + D)
     draw = lambda *size: torch.randn(*size, generator=seed).to(device)
-    kind = (s + P + D + DTYPES.index(dtype) + affine) % 3            # every layout meets every dtype
+    kind = (s + P + D + DTYPES.index(dtype) + affine) % 3  # every layout meets every dtype
     x = layout((2 * draw(N, 1 + s * s, D) + 1).to(dtype), kind)
-    dy = layout(draw(N, P * P, D).to(dtype), (kind + 1) % 3) if D % 2 else draw(D).to(dtype).expand(N, P * P, D)
+    dy = (
+        layout(draw(N, P * P, D).to(dtype), (kind + 1) % 3)
+        if D % 2
+        else draw(D).to(dtype).expand(N, P * P, D)
+    )
     return x, *((1 + draw(D), draw(D) if bias else None) if affine else (None, None)), dy
 
 
@@ -65,10 +90,13 @@ def check(function, s, P, D, dtype, affine, device="cpu", **how):
     """Output and every gradient of `function`, all memory it may have left unwritten being NaN."""
     *inputs, dy = make(s, P, D, dtype, affine, device, **how)
     want = run(loops, inputs, dy, P)
-    torch.use_deterministic_algorithms(True)                         # which fills every empty tensor with NaN
-    try: got = run(function, inputs, dy, P)
-    finally: torch.use_deterministic_algorithms(False)
-    for g, w, t in zip(got, want, (dtype, dtype, torch.float32, torch.float32)): close(g, w, t)
+    torch.use_deterministic_algorithms(True)  # which fills every empty tensor with NaN
+    try:
+        got = run(function, inputs, dy, P)
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for g, w, t in zip(got, want, (dtype, dtype, torch.float32, torch.float32)):
+        close(g, w, t)
     assert (got[1][:, 0] == 0).all(), "CLS was not used: its gradient is zero"
 
 
@@ -85,8 +113,12 @@ def test_reference_and_every_gradient_equal_float64_loops(s, P, D, dtype, affine
 
 def test_reference_stays_in_float64():
     x, weight, bias, dy = make(6, 3, 9, torch.float32, True)
-    got, want = (run(f, (x.double(), weight.double(), bias.double()), dy, 3) for f in (adapter.pool_reference, loops))
-    for g, w in zip(got, want): close(g, w, torch.float64)
+    got, want = (
+        run(f, (x.double(), weight.double(), bias.double()), dy, 3)
+        for f in (adapter.pool_reference, loops)
+    )
+    for g, w in zip(got, want):
+        close(g, w, torch.float64)
 
 
 @interpreted
@@ -97,25 +129,28 @@ def test_weight_without_bias():
 
 @interpreted
 def test_many_tiles_to_a_program():
-    check(pool_triton.pool, 4, 2, 1100, torch.float32, True, N=3)    # 24 tiles, 8 programs
+    check(pool_triton.pool, 4, 2, 1100, torch.float32, True, N=3)  # 24 tiles, 8 programs
 
 
 @interpreted
 def test_a_large_mean_does_not_cancel():
     x, weight, bias, dy = make(2, 1, 64, torch.float32, True)
     got, want = (run(f, (x + 1000, weight, bias), dy, 1) for f in (pool_triton.pool, loops))
-    for g, w in zip(got, want): assert (g - w).abs().max() < 1e-3    # E[x*x] - E[x]**2 in fp32 would be off by 1e-2
+    for g, w in zip(got, want):
+        assert (g - w).abs().max() < 1e-3  # E[x*x] - E[x]**2 in fp32 would be off by 1e-2
 
 
 class Spy:
     """A kernel that notes which of its pointers were null."""
 
-    def __init__(self, kernel): self.kernel, self.null = kernel, None
+    def __init__(self, kernel):
+        self.kernel, self.null = kernel, None
 
     def __getitem__(self, grid):
         def launch(*args, **constants):
             self.null = {name for name, value in zip(self.kernel.arg_names, args) if value is None}
             self.kernel[grid](*args, **constants)
+
         return launch
 
 
@@ -127,20 +162,24 @@ def test_what_needs_no_gradient_is_not_computed(wanted, monkeypatch):
     monkeypatch.setattr(pool_triton, "backward_kernel", back)
     x, weight, bias, dy = make(2, 1, 4, torch.float32, True)
     inputs = {"x": x, "w": weight, "b": bias}
-    for name in wanted: inputs[name].requires_grad_()
+    for name in wanted:
+        inputs[name].requires_grad_()
     y = pool_triton.pool(*inputs.values(), 1)
     assert ("mean_ptr" in there.null) == (not wanted)
     if wanted:
         y.backward(dy)
         assert {name for name in "xwb" if f"d{name}_ptr" not in back.null} == set(wanted)
-        assert ("x_ptr" in back.null) == (wanted == "b")             # dbias is a sum of dy: x is not even read
+        assert ("x_ptr" in back.null) == (wanted == "b")  # dbias is a sum of dy: x is not even read
     assert all((t.grad is not None) == (name in wanted) for name, t in inputs.items())
 
 
 @interpreted
 @pytest.mark.parametrize("affine", [False, True])
 def test_no_images_give_no_output_and_zero_gradients(affine):
-    inputs = [t if t is None else t[:0] if t.dim() == 3 else t for t in make(4, 2, 6, torch.float32, affine)]
+    inputs = [
+        t if t is None else t[:0] if t.dim() == 3 else t
+        for t in make(4, 2, 6, torch.float32, affine)
+    ]
     y, dx, *affines = run(pool_triton.pool, inputs[:3], inputs[3], 2)
     assert y.shape == (0, 4, 6) and dx.shape == (0, 17, 6) and all((g == 0).all() for g in affines)
 
@@ -152,7 +191,9 @@ def opcheck(device, s=2, P=1):
         torch.library.opcheck(pool_triton.pool_forward, (*inputs, P, 1e-5, True))
     _, mean, rstd = pool_triton.pool_forward(x, weight, bias, P, 1e-5, True)
     for want in [(True, True, True), (False, True, False)]:
-        torch.library.opcheck(pool_triton.pool_backward, (dy, x, weight, mean, rstd, 1 + s * s, *want))
+        torch.library.opcheck(
+            pool_triton.pool_backward, (dy, x, weight, mean, rstd, 1 + s * s, *want)
+        )
 
 
 @interpreted
@@ -168,22 +209,29 @@ def whole_adapter(device, compiled, dtype=torch.float32, s=4, P=2, D=8):
     again = lambda x: torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)
     results = []
     for f in (model, compiled(model), again):
-        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32): y = f(x)
-        results.append([y, *torch.autograd.grad(y.float().square().sum(), [x, *model.parameters()])])
+        with torch.autocast(device, dtype=dtype, enabled=dtype != torch.float32):
+            y = f(x)
+        results.append(
+            [y, *torch.autograd.grad(y.float().square().sum(), [x, *model.parameters()])]
+        )
     return results
 
 
 @interpreted
 def test_the_adapter_compiles_in_one_graph_and_recomputes(monkeypatch):
-    monkeypatch.setenv("NANO_POOL", "triton"); adapter.pool_path.cache_clear()
+    monkeypatch.setenv("NANO_POOL", "triton")
+    adapter.pool_path.cache_clear()
     calls = []
     real = pool_triton.pool_forward
     monkeypatch.setattr(pool_triton, "pool_forward", lambda *a: calls.append(1) or real(*a))
-    eager, *others = whole_adapter("cpu", lambda f: torch.compile(f, fullgraph=True, backend="aot_eager"))
+    eager, *others = whole_adapter(
+        "cpu", lambda f: torch.compile(f, fullgraph=True, backend="aot_eager")
+    )
     adapter.pool_path.cache_clear()
     assert calls, "NANO_POOL=triton did not choose the kernel"
     for other in others:
-        for a, b in zip(eager, other): torch.testing.assert_close(a, b)
+        for a, b in zip(eager, other):
+            torch.testing.assert_close(a, b)
 
 
 HOPPER = """
@@ -217,7 +265,14 @@ p.pool(x, torch.ones(1408, requires_grad=True), torch.zeros(1408, requires_grad=
 def test_kernels_compile_for_hopper_without_one_and_load_16_bytes_at_a_time(tmp_path):
     env = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "TRITON_INTERPRET": "0"}
     root = Path(pool_triton.__file__).parent
-    out = subprocess.run([sys.executable, "-c", HOPPER], cwd=root, env=env, capture_output=True, text=True, timeout=120)
+    out = subprocess.run(
+        [sys.executable, "-c", HOPPER],
+        cwd=root,
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
     assert out.returncode == 0, out.stderr
     wide = {line.split()[0]: int(line.split()[2]) for line in out.stdout.splitlines()}
     assert wide["forward_kernel"] >= 4 and wide["backward_kernel"] >= 4, out.stdout

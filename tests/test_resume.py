@@ -1,4 +1,5 @@
 """A run that was killed, stopped or moved to other machines ends as if it had not been."""
+
 import json
 import os
 import random
@@ -21,7 +22,8 @@ FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-every", "0
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory): return tiny.world(tmp_path_factory.mktemp("world"))
+def world(tmp_path_factory):
+    return tiny.world(tmp_path_factory.mktemp("world"))
 
 
 @pytest.fixture
@@ -29,20 +31,33 @@ def here(world, monkeypatch, tmp_path):
     monkeypatch.chdir(world)
     monkeypatch.setattr(train, "plot", lambda folder: None)
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)                                             # the threads of the other processes
+    torch.set_num_threads(1)  # the threads of the other processes
     yield tmp_path
     torch.set_num_threads(threads)
 
 
 def flags(world, stage, *more):
-    return ["--stage", stage, "--init", world / "start", "--data", world / f"out/toy/stage{stage}.toml", *FAST, *more]
+    return [
+        "--stage",
+        stage,
+        "--init",
+        world / "start",
+        "--data",
+        world / f"out/toy/stage{stage}.toml",
+        *FAST,
+        *more,
+    ]
 
 
-def run(*argv): return train.main([str(a) for a in argv])
+def run(*argv):
+    return train.main([str(a) for a in argv])
 
 
 def contents(folder):
-    return {name: (folder / name).read_bytes() for name in ("model.safetensors", "optimizer.safetensors")}
+    return {
+        name: (folder / name).read_bytes()
+        for name in ("model.safetensors", "optimizer.safetensors")
+    }
 
 
 def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(world, here):
@@ -50,14 +65,20 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
     assert run(*flags(world, 2, *settings, "--out", here / "straight")) == 0
     rng, out, kills, while_writing = random.Random(0), here / "killed", 0, 0
     while True:
-        process, = tiny.start(here, *flags(world, 2, *settings, "--out", out, "--resume"), slow=0.02)
+        (process,) = tiny.start(
+            here, *flags(world, 2, *settings, "--out", out, "--resume"), slow=0.02
+        )
         old, goal = set(out.glob("*.new")), logged(out) + rng.randint(1, 4)
-        while process.is_alive() and (kills == 8 or not (set(out.glob("*.new")) - old if kills % 2 == 0 else
-                                                         logged(out) >= goal)): time.sleep(0.001)
-        time.sleep(rng.uniform(0, 0.02) if kills % 2 else 0)             # every other one while it writes
+        while process.is_alive() and (
+            kills == 8
+            or not (set(out.glob("*.new")) - old if kills % 2 == 0 else logged(out) >= goal)
+        ):
+            time.sleep(0.001)
+        time.sleep(rng.uniform(0, 0.02) if kills % 2 else 0)  # every other one while it writes
         process.kill()
         process.join()
-        if process.exitcode != -signal.SIGKILL: break
+        if process.exitcode != -signal.SIGKILL:
+            break
         kills, while_writing = kills + 1, while_writing + bool(list(out.glob("*.new")))
     assert process.exitcode == 0, tiny.said(here)[-3000:]
     assert kills >= 5 and while_writing >= 1, (kills, while_writing)
@@ -67,13 +88,18 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
     assert left == ["log.jsonl", "step-00000038", "step-00000040"], left
 
 
-def logged(out): return max((r["step"] for r in support.log.records(out)), default=0)
+def logged(out):
+    return max((r["step"] for r in support.log.records(out)), default=0)
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGTERM, 1), (signal.SIGINT, 2)])
 def test_a_signal_to_any_rank_saves_within_a_step_and_leaves_with_0(world, here, number, ranks):
-    processes = tiny.start(here, *flags(world, 1, "--steps", 1000, "--save-every", 0, "--out", here / "o",
-                                        "--workers", 1), world=ranks, slow=0.05)
+    processes = tiny.start(
+        here,
+        *flags(world, 1, "--steps", 1000, "--save-every", 0, "--out", here / "o", "--workers", 1),
+        world=ranks,
+        slow=0.05,
+    )
     wait_for(lambda: len(tiny.losses(here / "o")) > 3)
     os.kill(processes[-1].pid, number)
     assert tiny.finish(processes) == [0] * ranks, tiny.said(here)[-3000:]
@@ -86,8 +112,10 @@ def wait_for(condition, seconds=40):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         try:
-            if condition(): return
-        except (OSError, ValueError): pass                               # not there yet, or half written
+            if condition():
+                return
+        except (OSError, ValueError):
+            pass  # not there yet, or half written
         time.sleep(0.01)
     raise AssertionError("waited in vain")
 
@@ -98,15 +126,25 @@ def test_a_run_goes_on_with_other_ranks_sharded_or_not_on_the_same_curve(world, 
     curve = tiny.losses(here / "one")
     for first, second in (((1, ()), (2, ("--shard",))), ((2, ("--shard",)), (1, ("--accum", 2)))):
         out = here / f"{first[0]}-{second[0]}"
-        slow = tiny.start(here, *flags(world, 3, *settings, "--out", out, *first[1]), world=first[0], slow=0.1)
-        wait_for(lambda: (out / "step-00000004").exists())               # noqa: B023
-        for process in slow: process.kill()
-        for process in slow: process.join()
-        codes = tiny.finish(tiny.start(here, *flags(world, 3, "--resume", "--out", out, *second[1]), world=second[0]))
+        slow = tiny.start(
+            here, *flags(world, 3, *settings, "--out", out, *first[1]), world=first[0], slow=0.1
+        )
+        wait_for(lambda: (out / "step-00000004").exists())  # noqa: B023
+        for process in slow:
+            process.kill()
+        for process in slow:
+            process.join()
+        codes = tiny.finish(
+            tiny.start(
+                here, *flags(world, 3, "--resume", "--out", out, *second[1]), world=second[0]
+            )
+        )
         assert codes == [0] * second[0], tiny.said(here)[-3000:]
         assert tiny.losses(out) == pytest.approx(curve, rel=0, abs=1e-5) and len(curve) == 12
-        ours, theirs = (weights.files.load_tensors(weights.checkpoint.find(folder) / "optimizer.safetensors")
-                        for folder in (out, here / "one"))
+        ours, theirs = (
+            weights.files.load_tensors(weights.checkpoint.find(folder) / "optimizer.safetensors")
+            for folder in (out, here / "one")
+        )
         assert ours.keys() == theirs.keys() and ours["steps"] == 12
 
 
@@ -117,15 +155,18 @@ def test_a_finished_run_has_nothing_to_do_and_an_empty_one_starts(world, here, c
     assert "all 2 steps are done" in capsys.readouterr().out
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_which(world, here, capsys, monkeypatch):
+def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_which(
+    world, here, capsys, monkeypatch
+):
     write, calls = weights.files.save_file, []
 
     def full(tensors, path, metadata):
         calls.append(path)
-        if len(calls) > 3:                                               # the second checkpoint's optimizer
+        if len(calls) > 3:  # the second checkpoint's optimizer
             path.write_bytes(b"half of it")
             raise OSError(28, "No space left on device")
         write(tensors, path, metadata=metadata)
+
     monkeypatch.setattr(weights.files, "save_file", full)
     assert run(*flags(world, 1, "--steps", 6, "--save-every", 2, "--out", here / "o")) == 2
     sentence = capsys.readouterr().err
@@ -138,11 +179,20 @@ def test_a_full_disk_leaves_the_last_checkpoint_whole_and_says_which(world, here
     assert len(tiny.losses(here / "o")) == 6
 
 
-def test_a_resumed_run_refuses_other_settings_other_data_and_another_models_state(world, here, capsys):
-    assert run(*flags(world, 1, "--steps", 4, "--save-every", 2, "--keep", 9, "--out", here / "o")) == 0
+def test_a_resumed_run_refuses_other_settings_other_data_and_another_models_state(
+    world, here, capsys
+):
+    assert (
+        run(*flags(world, 1, "--steps", 4, "--save-every", 2, "--keep", 9, "--out", here / "o"))
+        == 0
+    )
     shutil.rmtree(here / "o/step-00000004")
-    for more, sentence in ((("--seed", 1), "--seed: the run in"), (("--steps", 9), "has 4 and not 9; leave it out"),
-                           (("--lr", "1"), "--lr: the run in"), (("--stage", 2), "is of stage 1; resume that")):
+    for more, sentence in (
+        (("--seed", 1), "--seed: the run in"),
+        (("--steps", 9), "has 4 and not 9; leave it out"),
+        (("--lr", "1"), "--lr: the run in"),
+        (("--stage", 2), "is of stage 1; resume that"),
+    ):
         capsys.readouterr()
         assert run(*flags(world, 1, "--resume", "--out", here / "o", *more)) == 2
         assert sentence in capsys.readouterr().err
@@ -160,7 +210,10 @@ def test_a_resumed_run_refuses_other_settings_other_data_and_another_models_stat
     weights.files.save_tensors(tensors, optimizer)
     rewrite(optimizer, optimizer.read_bytes())
     assert run(*flags(world, 1, "--resume", "--out", here / "o")) == 2
-    assert "its optimizer state is another model's (adapter.fc1.weight.exp_avg)" in capsys.readouterr().err
+    assert (
+        "its optimizer state is another model's (adapter.fc1.weight.exp_avg)"
+        in capsys.readouterr().err
+    )
     optimizer.write_bytes(optimizer.read_bytes()[:-1])
     assert run(*flags(world, 1, "--resume", "--out", here / "o")) == 2
     assert "is not what was written" in capsys.readouterr().err
@@ -175,7 +228,27 @@ def rewrite(path, content):
 
 
 def test_the_newest_checkpoints_stay_and_minutes_count_too(world, here):
-    assert run(*flags(world, 1, "--steps", 6, "--save-every", 0, "--save-minutes", "1e-9", "--keep", 3,
-                      "--out", here / "o")) == 0
-    assert [p.name for p in sorted((here / "o").glob("step-*"))] == [f"step-{n:08d}" for n in (4, 5, 6)]
-    with pytest.raises(BadInput): weights.checkpoint.find(here / "nothing")
+    assert (
+        run(
+            *flags(
+                world,
+                1,
+                "--steps",
+                6,
+                "--save-every",
+                0,
+                "--save-minutes",
+                "1e-9",
+                "--keep",
+                3,
+                "--out",
+                here / "o",
+            )
+        )
+        == 0
+    )
+    assert [p.name for p in sorted((here / "o").glob("step-*"))] == [
+        f"step-{n:08d}" for n in (4, 5, 6)
+    ]
+    with pytest.raises(BadInput):
+        weights.checkpoint.find(here / "nothing")

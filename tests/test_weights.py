@@ -1,4 +1,5 @@
 """The rename tables against the real layouts, on the meta device; and weights of the released InfMLLM's kind."""
+
 import subprocess
 import sys
 
@@ -27,35 +28,91 @@ from model import LlamaConfig as OurLlamaConfig
 from support.errors import BadInput
 
 # as their config.json say on the hub
-LLAMA2_7B = dict(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                 num_key_value_heads=32, max_position_embeddings=4096, rms_norm_eps=1e-5, vocab_size=32000,
-                 model_type="llama", hidden_act="silu", tie_word_embeddings=False, rope_scaling=None)
-TINYLLAMA = LLAMA2_7B | dict(hidden_size=2048, intermediate_size=5632, num_hidden_layers=22, num_key_value_heads=4,
-                             max_position_embeddings=2048, rope_theta=10000.0, attention_bias=False)
-CLIP_L_336 = dict(hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16,
-                  image_size=336, patch_size=14, hidden_act="quick_gelu", layer_norm_eps=1e-5)
-CLIP_TEXT = dict(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
-LLAVA_TEXT = dict(max_position_embeddings=4096, model_type="llama", rms_norm_eps=1e-5, vocab_size=32064)
-LLAVA_VISION = dict(hidden_size=1024, image_size=336, intermediate_size=4096, model_type="clip_vision_model",
-                    num_attention_heads=16, num_hidden_layers=24, patch_size=14, projection_dim=768, vocab_size=32000)
+LLAMA2_7B = dict(
+    hidden_size=4096,
+    intermediate_size=11008,
+    num_hidden_layers=32,
+    num_attention_heads=32,
+    num_key_value_heads=32,
+    max_position_embeddings=4096,
+    rms_norm_eps=1e-5,
+    vocab_size=32000,
+    model_type="llama",
+    hidden_act="silu",
+    tie_word_embeddings=False,
+    rope_scaling=None,
+)
+TINYLLAMA = LLAMA2_7B | dict(
+    hidden_size=2048,
+    intermediate_size=5632,
+    num_hidden_layers=22,
+    num_key_value_heads=4,
+    max_position_embeddings=2048,
+    rope_theta=10000.0,
+    attention_bias=False,
+)
+CLIP_L_336 = dict(
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    image_size=336,
+    patch_size=14,
+    hidden_act="quick_gelu",
+    layer_norm_eps=1e-5,
+)
+CLIP_TEXT = dict(
+    hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12
+)
+LLAVA_TEXT = dict(
+    max_position_embeddings=4096, model_type="llama", rms_norm_eps=1e-5, vocab_size=32064
+)
+LLAVA_VISION = dict(
+    hidden_size=1024,
+    image_size=336,
+    intermediate_size=4096,
+    model_type="clip_vision_model",
+    num_attention_heads=16,
+    num_hidden_layers=24,
+    patch_size=14,
+    projection_dim=768,
+    vocab_size=32000,
+)
 
 
 def shapes_of(make):
-    with torch.device("meta"): model = make()
+    with torch.device("meta"):
+        model = make()
     return {k: tuple(t.shape) for k, t in model.state_dict().items()}
 
 
-def hf_config(cls, d): return cls(**{k: v for k, v in d.items() if k not in ("model_type", "rope_scaling")})
+def hf_config(cls, d):
+    return cls(**{k: v for k, v in d.items() if k not in ("model_type", "rope_scaling")})
 
 
 def eva_g(blocks=40, side=16):
     d, mlp = 1408, 6144
-    block = {"norm1.weight": (d,), "norm1.bias": (d,), "attn.qkv.weight": (3 * d, d), "attn.q_bias": (d,),
-             "attn.v_bias": (d,), "attn.proj.weight": (d, d), "attn.proj.bias": (d,), "norm2.weight": (d,),
-             "norm2.bias": (d,), "mlp.fc1.weight": (mlp, d), "mlp.fc1.bias": (mlp,), "mlp.fc2.weight": (d, mlp),
-             "mlp.fc2.bias": (d,)}
-    return {"cls_token": (1, 1, d), "pos_embed": (1, 1 + side * side, d), "patch_embed.proj.weight": (d, 3, 14, 14),
-            "patch_embed.proj.bias": (d,)} | {f"blocks.{i}.{k}": s for i in range(blocks) for k, s in block.items()}
+    block = {
+        "norm1.weight": (d,),
+        "norm1.bias": (d,),
+        "attn.qkv.weight": (3 * d, d),
+        "attn.q_bias": (d,),
+        "attn.v_bias": (d,),
+        "attn.proj.weight": (d, d),
+        "attn.proj.bias": (d,),
+        "norm2.weight": (d,),
+        "norm2.bias": (d,),
+        "mlp.fc1.weight": (mlp, d),
+        "mlp.fc1.bias": (mlp,),
+        "mlp.fc2.weight": (d, mlp),
+        "mlp.fc2.bias": (d,),
+    }
+    return {
+        "cls_token": (1, 1, d),
+        "pos_embed": (1, 1 + side * side, d),
+        "patch_embed.proj.weight": (d, 3, 14, 14),
+        "patch_embed.proj.bias": (d,),
+    } | {f"blocks.{i}.{k}": s for i in range(blocks) for k, s in block.items()}
 
 
 def llama_published(config):
@@ -71,74 +128,119 @@ def test_every_tensor_of_the_real_llamas_finds_its_place(config):
     plan = weights.rename.moves(ours, shapes, weights.llama.llama(c), "LLaMA")
     assert len(plan) == len(shapes)
     used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
-    assert used == count(ours) and {k for k, t in plan if not any(t)} == {k for k in shapes if "inv_freq" in k}
+    assert used == count(ours) and {k for k, t in plan if not any(t)} == {
+        k for k in shapes if "inv_freq" in k
+    }
 
 
 def test_every_tensor_of_clip_finds_its_place_with_and_without_its_text_half():
-    whole = shapes_of(lambda: CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_L_336)))
-    whole |= {"vision_model.embeddings.position_ids": (1, 577), "text_model.embeddings.position_ids": (1, 77)}
+    whole = shapes_of(
+        lambda: CLIPModel(CLIPConfig(text_config=CLIP_TEXT, vision_config=CLIP_L_336))
+    )
+    whole |= {
+        "vision_model.embeddings.position_ids": (1, 577),
+        "text_model.embeddings.position_ids": (1, 77),
+    }
     alone = shapes_of(lambda: CLIPVisionModel(hf_config(oracle.CLIPVisionConfig, CLIP_L_336)))
     ours = weights.rename.on_meta(ViT, c := weights.clip.clip_config(CLIP_L_336, "config"))
-    table = weights.rename.prefixed(weights.clip.clip(c), "vision_model.") | weights.clip.clip(c) | weights.clip.CLIP_TEXT
+    table = (
+        weights.rename.prefixed(weights.clip.clip(c), "vision_model.")
+        | weights.clip.clip(c)
+        | weights.clip.CLIP_TEXT
+    )
     for shapes in (whole, alone, {"vision_model." + k: s for k, s in alone.items()}):
         plan = weights.rename.moves(ours, shapes, table, "CLIP")
         used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
         assert used == count(ours) == count(InfMLLM_on_meta("llava-7b").vit)
 
 
-def InfMLLM_on_meta(preset): return weights.rename.on_meta(InfMLLM, PRESETS[preset]())
+def InfMLLM_on_meta(preset):
+    return weights.rename.on_meta(InfMLLM, PRESETS[preset]())
 
 
 @pytest.mark.parametrize("prefix", ["vision_tower.vision_model.", "vision_tower."])
 def test_every_tensor_of_llava_finds_its_place(prefix):
-    config = LlavaConfig(vision_config=oracle.CLIPVisionConfig(**CLIP_L_336),
-                         text_config=hf_config(LlamaConfig, LLAMA2_7B | LLAVA_TEXT))
+    config = LlavaConfig(
+        vision_config=oracle.CLIPVisionConfig(**CLIP_L_336),
+        text_config=hf_config(LlamaConfig, LLAMA2_7B | LLAVA_TEXT),
+    )
     shapes = shapes_of(lambda: LlavaForConditionalGeneration(config))
 
     def published(k):
-        if k == "lm_head.weight": return "language_model.lm_head.weight"
+        if k == "lm_head.weight":
+            return "language_model.lm_head.weight"
         k = k.removeprefix("model.")
-        if k.startswith("language_model."): return k.replace("language_model.", "language_model.model.", 1)
+        if k.startswith("language_model."):
+            return k.replace("language_model.", "language_model.model.", 1)
         return k.replace("vision_tower.", prefix)
 
     shapes = {published(k): s for k, s in shapes.items()}
-    c = Config(weights.clip.clip_config(LLAVA_VISION, ""), weights.llama.llama_config(LLAVA_TEXT, ""), adapter="mlp",
-               ln_vision=False)
+    c = Config(
+        weights.clip.clip_config(LLAVA_VISION, ""),
+        weights.llama.llama_config(LLAVA_TEXT, ""),
+        adapter="mlp",
+        ln_vision=False,
+    )
     ours = weights.rename.on_meta(InfMLLM, c)
     plan = weights.rename.moves(ours, shapes, weights.llava.llava(c), "LLaVA")
     sizes = {k: torch.Size(s).numel() for k, s in shapes.items()}
     dropped = {k for k, targets in plan if not any(targets)}
     used = sum(sizes.values()) - sum(sizes[k] for k in dropped)
-    assert all("encoder.layers.23." in k or "post_layernorm" in k or k.endswith("k_proj.bias") for k in dropped)
+    assert all(
+        "encoder.layers.23." in k or "post_layernorm" in k or k.endswith("k_proj.bias")
+        for k in dropped
+    )
     assert used == count(ours) == count(InfMLLM_on_meta("llava-7b"))
 
 
 def test_every_tensor_of_eva_g_and_of_the_released_infmllm_finds_its_place():
-    shapes = eva_g() | {"norm.weight": (1408,), "norm.bias": (1408,), "head.weight": (1000, 1408), "head.bias": (1000,)}
+    shapes = eva_g() | {
+        "norm.weight": (1408,),
+        "norm.bias": (1408,),
+        "head.weight": (1000, 1408),
+        "head.bias": (1000,),
+    }
     ours = weights.rename.on_meta(ViT, c := ViTConfig(224, **EVA_G))
     plan = weights.rename.moves(ours, shapes, weights.eva.eva(c), "EVA")
     dropped = {k for k, targets in plan if not any(targets)}
     assert dropped == {k for k in shapes if k.startswith(("blocks.39.", "norm.", "head."))}
     assert sum(torch.Size(shapes[k]).numel() for k in shapes if k not in dropped) == count(ours)
 
-    shapes = ({"visual_encoder." + k: s for k, s in eva_g(39, 32).items()}
-              | {"lm_model." + k: s for k, s in llama_published(LLAMA2_7B).items()}
-              | {"ln_vision.weight": (1408,), "ln_vision.bias": (1408,), "pooler.mlp.0.weight": (4096, 1408),
-                 "pooler.mlp.0.bias": (4096,), "pooler.mlp.2.weight": (4096, 4096), "pooler.mlp.2.bias": (4096,)})
+    shapes = (
+        {"visual_encoder." + k: s for k, s in eva_g(39, 32).items()}
+        | {"lm_model." + k: s for k, s in llama_published(LLAMA2_7B).items()}
+        | {
+            "ln_vision.weight": (1408,),
+            "ln_vision.bias": (1408,),
+            "pooler.mlp.0.weight": (4096, 1408),
+            "pooler.mlp.0.bias": (4096,),
+            "pooler.mlp.2.weight": (4096, 4096),
+            "pooler.mlp.2.bias": (4096,),
+        }
+    )
     ours = InfMLLM_on_meta("infmllm-7b")
     plan = weights.rename.moves(ours, shapes, weights.infmllm.infmllm(ours.config), "InfMLLM_7B")
     used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
-    assert used == count(ours) and {k for k, t in plan if not any(t)} == {k for k in shapes if "inv_freq" in k}
+    assert used == count(ours) and {k for k, t in plan if not any(t)} == {
+        k for k in shapes if "inv_freq" in k
+    }
 
 
 def test_the_presets_count_what_the_oracles_count():
     assert count(InfMLLM_on_meta("small").llm) == sum(
-        torch.Size(s).numel() for s in shapes_of(lambda: LlamaForCausalLM(hf_config(LlamaConfig, TINYLLAMA))).values())
-    llama13 = LLAMA2_7B | dict(hidden_size=5120, intermediate_size=13824, num_hidden_layers=40, num_attention_heads=40,
-                               num_key_value_heads=40)
+        torch.Size(s).numel()
+        for s in shapes_of(lambda: LlamaForCausalLM(hf_config(LlamaConfig, TINYLLAMA))).values()
+    )
+    llama13 = LLAMA2_7B | dict(
+        hidden_size=5120,
+        intermediate_size=13824,
+        num_hidden_layers=40,
+        num_attention_heads=40,
+        num_key_value_heads=40,
+    )
     for preset, config in (("infmllm-7b", LLAMA2_7B), ("infmllm-13b", llama13)):
         ours = InfMLLM_on_meta(preset)
-        theirs = shapes_of(lambda: LlamaForCausalLM(hf_config(LlamaConfig, config)))      # noqa: B023
+        theirs = shapes_of(lambda: LlamaForCausalLM(hf_config(LlamaConfig, config)))  # noqa: B023
         assert count(ours.llm) == sum(torch.Size(s).numel() for s in theirs.values())
         assert count(ours.vit) == sum(torch.Size(s).numel() for s in eva_g(39, 32).values())
 
@@ -154,7 +256,10 @@ def released(model):
     ours, state = dict(model.named_parameters()), {}
     for theirs, name in table.items():
         for i in range(model.config.vit.layers) if name and "{}" in name else [0]:
-            if name is not None: state[theirs.replace("{}", str(i))] = ours[name.replace("{}", str(i))].detach().clone()
+            if name is not None:
+                state[theirs.replace("{}", str(i))] = (
+                    ours[name.replace("{}", str(i))].detach().clone()
+                )
     state["visual_encoder.cls_token"] = state["visual_encoder.cls_token"][None, None]
     state["visual_encoder.pos_embed"] = state["visual_encoder.pos_embed"][None]
     return state
@@ -164,61 +269,92 @@ def test_the_released_layout_loads_and_its_visual_embeddings_are_the_formula(tmp
     source = init(InfMLLM(Config(**TINY)), seed=3)
     with torch.no_grad():
         rng = torch.Generator().manual_seed(0)
-        for p in source.parameters(): p.add_(0.2 * torch.randn(p.shape, generator=rng))
+        for p in source.parameters():
+            p.add_(0.2 * torch.randn(p.shape, generator=rng))
     state = released(source)
-    torch.save({"model_state_dict": {"module." + k: v for k, v in state.items()}, "epoch": 3}, tmp_path / "InfMLLM.pth")
+    torch.save(
+        {"model_state_dict": {"module." + k: v for k, v in state.items()}, "epoch": 3},
+        tmp_path / "InfMLLM.pth",
+    )
     model = weights.infmllm.load_infmllm(tmp_path / "InfMLLM.pth", Config(**TINY))
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), source.parameters()))
 
     images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
-    with torch.no_grad(): x, got = model.vit(images), model.encode_images(images)
-    x = F.layer_norm(x, (24,), state["ln_vision.weight"], state["ln_vision.bias"], 1e-5)[:, 1:]        # (2, 64, 24)
+    with torch.no_grad():
+        x, got = model.vit(images), model.encode_images(images)
+    x = F.layer_norm(x, (24,), state["ln_vision.weight"], state["ln_vision.bias"], 1e-5)[
+        :, 1:
+    ]  # (2, 64, 24)
     for n in range(2):
         for row in range(4):
             for col in range(4):
                 window = [(2 * row + i) * 8 + 2 * col + j for i in (0, 1) for j in (0, 1)]
-                h = F.gelu(state["pooler.mlp.0.weight"] @ x[n, window].mean(0) + state["pooler.mlp.0.bias"])
+                h = F.gelu(
+                    state["pooler.mlp.0.weight"] @ x[n, window].mean(0) + state["pooler.mlp.0.bias"]
+                )
                 want = state["pooler.mlp.2.weight"] @ h + state["pooler.mlp.2.bias"]
                 assert (got[n, 4 * row + col] - want).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("harm, says", [
-    (lambda s: s.pop("ln_vision.bias"), "adapter.norm.bias: missing"),
-    (lambda s: s.update({"lm_model.extra": torch.ones(2)}), "lm_model.extra: left over"),
-    (lambda s: s.update({"pooler.mlp.0.weight": torch.ones(3, 3)}), "pooler.mlp.0.weight: misshapen"),
-    (lambda s: s.update({"lm_model.model.layers.7.mlp.up_proj.weight": torch.ones(48, 32)}), "has no llm.layers.7"),
-])
+@pytest.mark.parametrize(
+    "harm, says",
+    [
+        (lambda s: s.pop("ln_vision.bias"), "adapter.norm.bias: missing"),
+        (lambda s: s.update({"lm_model.extra": torch.ones(2)}), "lm_model.extra: left over"),
+        (
+            lambda s: s.update({"pooler.mlp.0.weight": torch.ones(3, 3)}),
+            "pooler.mlp.0.weight: misshapen",
+        ),
+        (
+            lambda s: s.update({"lm_model.model.layers.7.mlp.up_proj.weight": torch.ones(48, 32)}),
+            "has no llm.layers.7",
+        ),
+    ],
+)
 def test_missing_left_over_and_misshapen_tensors_are_named(harm, says, tmp_path):
     state = released(InfMLLM(Config(**TINY)))
     harm(state)
     torch.save(state, tmp_path / "x.pth")
-    with pytest.raises(BadInput, match=says): weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
+    with pytest.raises(BadInput, match=says):
+        weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
 
 
 def test_at_most_ten_wrong_tensors_are_listed(tmp_path):
     torch.save({f"wrong{i}": torch.ones(1) for i in range(30)}, tmp_path / "x.pth")
-    with pytest.raises(BadInput) as e: weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
+    with pytest.raises(BadInput) as e:
+        weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
     assert str(e.value).count(": left over") == 10 and "take the file" in str(e.value)
 
 
 class Attack:
-    def __init__(self, marker): self.marker = marker
-    def __reduce__(self): return (open, (str(self.marker), "w"))
+    def __init__(self, marker):
+        self.marker = marker
+
+    def __reduce__(self):
+        return (open, (str(self.marker), "w"))
 
 
 def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     torch.save({"x": Attack(tmp_path / "marker")}, tmp_path / "x.pth")
-    with pytest.raises(BadInput, match="refused"): weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
+    with pytest.raises(BadInput, match="refused"):
+        weights.infmllm.load_infmllm(tmp_path / "x.pth", Config(**TINY))
     assert not (tmp_path / "marker").exists()
 
 
 def test_configs_that_are_not_llama_are_refused():
-    for harm in (dict(model_type="mistral"), dict(attention_bias=True), dict(head_dim=64), dict(hidden_act="gelu"),
-                 dict(rope_scaling={"type": "yarn", "factor": 4.0})):
-        with pytest.raises(BadInput, match="not LLaMA"): weights.llama.llama_config(LLAMA2_7B | harm, "config.json")
+    for harm in (
+        dict(model_type="mistral"),
+        dict(attention_bias=True),
+        dict(head_dim=64),
+        dict(hidden_act="gelu"),
+        dict(rope_scaling={"type": "yarn", "factor": 4.0}),
+    ):
+        with pytest.raises(BadInput, match="not LLaMA"):
+            weights.llama.llama_config(LLAMA2_7B | harm, "config.json")
 
 
-def test_images_placeholder_is_not_a_token_id(): assert IMAGE < 0
+def test_images_placeholder_is_not_a_token_id():
+    assert IMAGE < 0
 
 
 PEAK = """
@@ -237,14 +373,26 @@ print((peak() - before) / sum(p.numel() * p.element_size() for p in model.parame
 
 @pytest.mark.parametrize("kind", ["safetensors", "bin"])
 def test_loading_holds_at_most_a_sixth_more_than_the_weights(kind, tmp_path, request):
-    config = dict(vocab_size=8000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=12,
-                  num_attention_heads=16)
-    model = LlamaForCausalLM(LlamaConfig(**config)).half()                            # 170M parameters, 340 MB
-    if kind == "safetensors": model.save_pretrained(tmp_path, max_shard_size="120MB")
+    config = dict(
+        vocab_size=8000,
+        hidden_size=1024,
+        intermediate_size=2816,
+        num_hidden_layers=12,
+        num_attention_heads=16,
+    )
+    model = LlamaForCausalLM(LlamaConfig(**config)).half()  # 170M parameters, 340 MB
+    if kind == "safetensors":
+        model.save_pretrained(tmp_path, max_shard_size="120MB")
     else:
         model.config.save_pretrained(tmp_path)
         torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
     oracle.folder(oracle.llama(), tmp_path / "warm", published=kind == "bin")
-    code = PEAK.format(root=str(request.config.rootpath), warm=str(tmp_path / "warm"), path=str(tmp_path))
-    ratio = float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout)
+    code = PEAK.format(
+        root=str(request.config.rootpath), warm=str(tmp_path / "warm"), path=str(tmp_path)
+    )
+    ratio = float(
+        subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=True
+        ).stdout
+    )
     assert 0.9 < ratio <= 1.15, ratio

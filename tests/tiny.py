@@ -1,4 +1,5 @@
 """A world and a model small enough to train in a test, and train.py in processes of its own, started by the dozen."""
+
 import json
 import multiprocessing
 import os
@@ -17,12 +18,19 @@ from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets/toy/tokenizer.model"
-COLOURS = {"red": (222, 40, 44), "green": (36, 160, 56), "blue": (44, 84, 224), "cyan": (40, 200, 214)}
+COLOURS = {
+    "red": (222, 40, 44),
+    "green": (36, 160, 56),
+    "blue": (44, 84, 224),
+    "cyan": (40, 200, 214),
+}
 
 
 def model(seed=0):
     vocab = Tokenizer(TOKENIZER).size
-    config = Config(ViTConfig(16, 4, 16, 2, 2, 32), LlamaConfig(vocab, 32, 2, 2, 1, 48, context=256), grid=2)
+    config = Config(
+        ViTConfig(16, 4, 16, 2, 2, 32), LlamaConfig(vocab, 32, 2, 2, 1, 48, context=256), grid=2
+    )
     return init(InfMLLM(config), seed)
 
 
@@ -34,23 +42,41 @@ def world(folder, scenes=24, stages=(1, 2, 3)):
     for n in range(scenes):
         colour = rng.choice(list(COLOURS))
         Image.new("RGB", (16, 16), COLOURS[colour]).save(toy / f"images/{n}.png")
-        captions.append({"image": f"{n}.png", "question": "what", "answers": [f"a {colour} ground"]})
+        captions.append(
+            {"image": f"{n}.png", "question": "what", "answers": [f"a {colour} ground"]}
+        )
         vqa.append({"image": f"{n}.png", "question": "which colour?", "answers": [colour]})
-        turns = [("human", "say a colour"), ("gpt", f"{colour} " * rng.randint(1, 9))] * rng.randint(1, 2)
-        chat.append({"id": n, "conversations": [{"from": who, "value": text} for who, text in turns]})
-        if n % 3 == 0:                                                   # two of three talk about no picture
+        turns = [
+            ("human", "say a colour"),
+            ("gpt", f"{colour} " * rng.randint(1, 9)),
+        ] * rng.randint(1, 2)
+        chat.append(
+            {"id": n, "conversations": [{"from": who, "value": text} for who, text in turns]}
+        )
+        if n % 3 == 0:  # two of three talk about no picture
             chat[-1]["image"] = f"{n}.png"
             chat[-1]["conversations"][0] = {"from": "human", "value": "<image>\nname it"}
     for name, rows in (("captions", captions), ("vqa", vqa), ("chat", chat)):
         (toy / f"{name}.json").write_text(json.dumps(rows))
-    source = lambda name, kind: (f'[[source]]\nname = "{name}"\nformat = "{kind}"\nannotations = "{name}.json"\n'
-                                 'images = "images"\n')
-    tables = {"captions": source("captions", "vqa") + "crop = false\n", "vqa": source("vqa", "vqa") + "crop = false\n",
-              "chat": source("chat", "conversations")}
-    for name, used in {"stage1": ["captions"], "stage2": ["captions", "vqa"], "stage3": ["vqa", "chat"],
-                       "heldout": ["captions", "vqa", "chat"]}.items():
+    source = lambda name, kind: (
+        f'[[source]]\nname = "{name}"\nformat = "{kind}"\nannotations = "{name}.json"\n'
+        'images = "images"\n'
+    )
+    tables = {
+        "captions": source("captions", "vqa") + "crop = false\n",
+        "vqa": source("vqa", "vqa") + "crop = false\n",
+        "chat": source("chat", "conversations"),
+    }
+    for name, used in {
+        "stage1": ["captions"],
+        "stage2": ["captions", "vqa"],
+        "stage3": ["vqa", "chat"],
+        "heldout": ["captions", "vqa", "chat"],
+    }.items():
         (toy / f"{name}.toml").write_text("\n".join(tables[t] for t in used))
-    weights.checkpoint.save(Path(folder) / "start", model(), Tokenizer(TOKENIZER), {"preset": "toy"})
+    weights.checkpoint.save(
+        Path(folder) / "start", model(), Tokenizer(TOKENIZER), {"preset": "toy"}
+    )
     return Path(folder)
 
 
@@ -61,9 +87,13 @@ def recording(train, path):
     def recorded(run, batches, supervised):
         loss = gradients(run, batches, supervised)
         if run.step == 0:
-            grads = {n: train.whole(p.grad) for n, p in run.model.named_parameters() if p.requires_grad}
-            if run.rank == 0: torch.save(grads, path)
+            grads = {
+                n: train.whole(p.grad) for n, p in run.model.named_parameters() if p.requires_grad
+            }
+            if run.rank == 0:
+                torch.save(grads, path)
         return loss
+
     return recorded
 
 
@@ -72,20 +102,25 @@ def child(folder, argv, env, record, slow):
     os.environ.update(env)
     os.chdir(folder)
     name = f"said{env.get('RANK', '')}.txt"
-    for number in (1, 2): os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+    for number in (1, 2):
+        os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
     import time
 
     import train
+
     update = train.update
-    train.plot = lambda folder: None                                     # matplotlib takes longer than the run
+    train.plot = lambda folder: None  # matplotlib takes longer than the run
 
     def slowed(*args):
         update(*args)
         time.sleep(slow)
-    if record: train.gradients = recording(train, record)
-    if slow: train.update = slowed
-    support.ranks.PATIENCE = 1                                              # the ranks of a test stand side by side
+
+    if record:
+        train.gradients = recording(train, record)
+    if slow:
+        train.update = slowed
+    support.ranks.PATIENCE = 1  # the ranks of a test stand side by side
     Path("begun").write_text(str(os.getpid()))
     code = train.main([str(a) for a in argv])
     sys.stdout.flush()
@@ -95,30 +130,59 @@ def child(folder, argv, env, record, slow):
 def start(folder, *argv, world=1, record=None, slow=0.0, differ=None, places=None):
     """-> processes that run train.py, `world` of them as ranks of one run; differ: {rank: flags of its own};
     places: {rank: a current folder of its own}."""
-    os.environ["PYTHONPATH"] = str(ROOT)                                 # the server that forks them imports all once
+    os.environ["PYTHONPATH"] = str(ROOT)  # the server that forks them imports all once
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
-    envs = [{}] if world == 1 else [{"RANK": str(r), "LOCAL_RANK": str(r), "WORLD_SIZE": str(world),
-                                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port} for r in range(world)]
-    processes = [context.Process(target=child, args=(
-        (places or {}).get(r, folder), (*argv, *(differ or {}).get(r, ())), env, record, slow))
-        for r, env in enumerate(envs)]
-    for p in processes: p.start()
+    envs = (
+        [{}]
+        if world == 1
+        else [
+            {
+                "RANK": str(r),
+                "LOCAL_RANK": str(r),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+            }
+            for r in range(world)
+        ]
+    )
+    processes = [
+        context.Process(
+            target=child,
+            args=(
+                (places or {}).get(r, folder),
+                (*argv, *(differ or {}).get(r, ())),
+                env,
+                record,
+                slow,
+            ),
+        )
+        for r, env in enumerate(envs)
+    ]
+    for p in processes:
+        p.start()
     return processes
 
 
 def finish(processes, seconds=60):
-    for p in processes: p.join(seconds)
+    for p in processes:
+        p.join(seconds)
     codes = [p.exitcode for p in processes]
     for p in processes:
-        if p.is_alive(): p.kill()
+        if p.is_alive():
+            p.kill()
     return codes
 
 
-def said(folder): return "".join(p.read_text() for p in sorted(Path(folder).glob("said*.txt")))
+def said(folder):
+    return "".join(p.read_text() for p in sorted(Path(folder).glob("said*.txt")))
 
 
-def losses(out): return {r["step"]: r["loss"] for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r}
+def losses(out):
+    return {
+        r["step"]: r["loss"] for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r
+    }

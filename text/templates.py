@@ -3,23 +3,30 @@
 import re
 from dataclasses import dataclass
 
-HERE = "<ImageHere>"                   # where the visual tokens go; reserved, so it may not stand in anybody's text
+HERE = "<ImageHere>"  # where the visual tokens go; reserved, so it may not stand in anybody's text
 
 
-MARK = "<image><ImageHere>"            # what a conversation's <image> becomes; LLaVA's own models want HERE alone
+MARK = "<image><ImageHere>"  # what a conversation's <image> becomes; LLaVA's own models want HERE alone
 
-def plain(text, gap=""): return " ".join(re.sub(r"[.!\"()*#:;~]", gap, text.lower()).split()[:50])
 
-SYSTEM = ("A chat between a curious user and an artificial intelligence assistant. "
-          "The assistant gives helpful, detailed, and polite answers to the user's questions. ")
+def plain(text, gap=""):
+    return " ".join(re.sub(r"[.!\"()*#:;~]", gap, text.lower()).split()[:50])
+
+
+SYSTEM = (
+    "A chat between a curious user and an artificial intelligence assistant. "
+    "The assistant gives helpful, detailed, and polite answers to the user's questions. "
+)
+
 
 @dataclass
 class Task:
-    template: str                      # the prompt, {} for the text
-    clean: object = str                # what is done to that text
-    pad: bool = False                  # pad to a square with the mean colour, instead of squashing
+    template: str  # the prompt, {} for the text
+    clean: object = str  # what is done to that text
+    pad: bool = False  # pad to a square with the mean colour, instead of squashing
 
-TASKS = {   # the prompts of captioning and of region captions are not published: those two are ours
+
+TASKS = {  # the prompts of captioning and of region captions are not published: those two are ours
     "caption": Task(MARK + "Short caption:"),
     "vqa": Task(MARK + "Question:{} Short answer:", plain),
     "ground": Task(MARK + "<ref>{}</ref>"),
@@ -27,12 +34,14 @@ TASKS = {   # the prompts of captioning and of region captions are not published
     "chat": Task("USER: {} ASSISTANT:", pad=True),
 }
 
+
 def prompt(task, text="", image_mark=MARK):
     """The full template of one question; of a chat its first turn, after the image (image_mark="": no image)."""
     text = TASKS[task].clean(text)
-    if task != "chat": return TASKS[task].template.format(text)
+    if task != "chat":
+        return TASKS[task].template.format(text)
     return SYSTEM + chat_turn(f"{image_mark}\n{text}" if image_mark else text)
 
-def chat_turn(question): return TASKS["chat"].template.format(question)
 
-
+def chat_turn(question):
+    return TASKS["chat"].template.format(question)

@@ -13,7 +13,16 @@ of ours. A key that no line names, a tensor of ours that no key fills, or a shap
 No file is unpickled but by torch.load(weights_only=True), which builds tensors and nothing else.
 """
 
-from weights.checkpoint import add_branch, base_of, find, fingerprint, load, read_checked, save, verify
+from weights.checkpoint import (
+    add_branch,
+    base_of,
+    find,
+    fingerprint,
+    load,
+    read_checked,
+    save,
+    verify,
+)
 from weights.files import load_tensors, save_tensors
 from weights.iaa import IAA_INNER, LLAMA_3, load_iaa
 from weights.infmllm import load_infmllm
@@ -21,4 +30,23 @@ from weights.llama import export_llama, load_llama
 from weights.llava import load_llava
 from weights.towers import load_vit
 
-__all__ = ['save', 'load', 'find', 'verify', 'fingerprint', 'read_checked', 'base_of', 'add_branch', 'load_tensors', 'save_tensors', 'load_llama', 'load_vit', 'load_llava', 'load_infmllm', 'load_iaa', 'export_llama', 'IAA_INNER', 'LLAMA_3']
+__all__ = [
+    "save",
+    "load",
+    "find",
+    "verify",
+    "fingerprint",
+    "read_checked",
+    "base_of",
+    "add_branch",
+    "load_tensors",
+    "save_tensors",
+    "load_llama",
+    "load_vit",
+    "load_llava",
+    "load_infmllm",
+    "load_iaa",
+    "export_llama",
+    "IAA_INNER",
+    "LLAMA_3",
+]

@@ -4,7 +4,7 @@ from model import ViTConfig
 from weights.clip import TOWER
 from weights.configs import from_a_stranger
 
-EVA = {      # eva_vit_g.pth and the visual_encoder of InfMLLM_7B
+EVA = {  # eva_vit_g.pth and the visual_encoder of InfMLLM_7B
     "cls_token": "cls",
     "pos_embed": "positions",
     "patch_embed.proj.weight": "patch_embed.weight",
@@ -22,7 +22,9 @@ EVA = {      # eva_vit_g.pth and the visual_encoder of InfMLLM_7B
     "blocks.{}.mlp.fc1.bias": "blocks.{}.fc1.bias",
     "blocks.{}.mlp.fc2.weight": "blocks.{}.fc2.weight",
     "blocks.{}.mlp.fc2.bias": "blocks.{}.fc2.bias",
-    "norm.*": None, "fc_norm.*": None, "head.*": None,             # what EVA was trained with and BLIP-2 leaves out
+    "norm.*": None,
+    "fc_norm.*": None,
+    "head.*": None,  # what EVA was trained with and BLIP-2 leaves out
 }
 
 BLIP2 = TOWER | {
@@ -34,14 +36,21 @@ BLIP2 = TOWER | {
     "encoder.layers.{}.self_attn.projection.bias": "blocks.{}.proj.bias",
 }
 
+
 def eva(config):
     """EVA's table; block 39 of the published file does not run."""
     return {f"blocks.{config.layers}.*": None} | EVA
 
+
 @from_a_stranger
 def blip2_config(d, what):
-    return ViTConfig(d.get("image_size", 224), d.get("patch_size", 14), d.get("hidden_size", 1408),
-                     d.get("num_hidden_layers", 39), d.get("num_attention_heads", 16), d.get("intermediate_size", 6144),
-                     act=d.get("hidden_act", "gelu"), eps=d.get("layer_norm_eps", 1e-6))
-
-
+    return ViTConfig(
+        d.get("image_size", 224),
+        d.get("patch_size", 14),
+        d.get("hidden_size", 1408),
+        d.get("num_hidden_layers", 39),
+        d.get("num_attention_heads", 16),
+        d.get("intermediate_size", 6144),
+        act=d.get("hidden_act", "gelu"),
+        eps=d.get("layer_norm_eps", 1e-6),
+    )

@@ -19,14 +19,18 @@ def load_vit(path, image_size=None, dtype=torch.float32, config=None):
     if path.is_dir():
         d = read_json(path / "config.json")
         kind = d.get("model_type")
-        if kind == "blip_2_vision_model": config, make = blip2_config(d, path), lambda c: BLIP2
+        if kind == "blip_2_vision_model":
+            config, make = blip2_config(d, path), lambda c: BLIP2
         elif kind in ("clip", "clip_vision_model"):
             config = clip_config(d.get("vision_config", d) if kind == "clip" else d, path)
             make = lambda c: prefixed(clip(c), "vision_model.") | clip(c) | CLIP_TEXT
-        else: raise BadInput(f"{path}: model_type {kind!r} is no vision tower known here; take CLIP, EVA or BLIP-2's")
-    else: config, make = config or ViTConfig(224, **EVA_G), eva
-    if image_size: config.image_size = image_size
+        else:
+            raise BadInput(
+                f"{path}: model_type {kind!r} is no vision tower known here; take CLIP, EVA or BLIP-2's"
+            )
+    else:
+        config, make = config or ViTConfig(224, **EVA_G), eva
+    if image_size:
+        config.image_size = image_size
     config.__post_init__()
     return fill(on_meta(ViT, config), weight_files(path), make(config), path, dtype)
-
-
