@@ -1,16 +1,19 @@
-"""From the ViT's patches to the language model's embeddings: the pool-adapter, and the adapters it is compared with.
+"""From the ViT's patches to the LLM's embeddings: the pool-adapter, and the adapters it is compared with.
 
-All of them map (N, 1+s*s, Dv), CLS first, to (N, Q, D):
+Every adapter is built as Adapter(width_vit, width_llm, grid, ln_vision) and maps (N, s*s, Dv) to (N, Q, D):
 
-    PoolAdapter   LayerNorm, drop CLS, mean over windows s x s -> P x P, two-layer MLP.     Q = P*P, order kept
-    PoolAdapter   with P = s: no pooling, LLaVA's projector (adapter="mlp")                 Q = s*s
-    Resampler     P*P learned queries that cross-attend to the patches, as a Q-Former does  Q = P*P, order learned
+    pool        LayerNorm, mean over windows s x s -> P x P, two-layer MLP       Q = P*P, order kept
+    mlp         the same with P = s: nothing is pooled, LLaVA's projector        Q = s*s, order kept
+    resampler   P*P learned queries cross-attend to the patches, as a Q-Former   Q = P*P, order learned
 
-Names of dimensions: N images, s patches per side, P windows per side, Dv the ViT's width, D the language model's.
+To add one, write its class and name it in ADAPTERS.
+
+Names of dimensions: N images, s patches per side, P windows per side, Dv the ViT's width, D the LLM's,
+H heads of width hd.
 """
 
+import math
 import os
-from functools import cache
 
 import torch
 from torch import nn
@@ -18,30 +21,38 @@ from torch.nn import functional as F
 
 
 def pool_reference(x, weight, bias, grid, eps=1e-5):
-    """LayerNorm (none if weight is None) and window means: (N, 1+s*s, Dv) -> (N, P*P, Dv) in x's dtype, sums in fp32.
+    """LayerNorm (none if weight is None) and window means: (N, s*s, Dv) -> (N, P*P, Dv).
 
-    The mean of normalised patches is affine in them, so the LayerNorm's weight and bias are applied to the P*P means
-    and not to the s*s patches: the same function, with a quarter of the work at s = 2P.
+    Computed in fp32, returned in x's dtype. The mean of normalised patches is affine in them, so weight
+    and bias are applied to the P*P means and not to the s*s patches: the same function, less work.
     """
-    N, Dv, s, P = x.shape[0], x.shape[2], side(x.shape[1] - 1), grid
-    acc = torch.promote_types(x.dtype, torch.float32)
-    weight, bias = (None if t is None else t.to(acc) for t in (weight, bias))
-    y = x.to(acc)
+    N, patches, Dv = x.shape
+    s, P = side(patches), grid
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide)
     if weight is not None:
-        y = F.layer_norm(y, (Dv,), *((weight, bias) if s == P else ()), eps=eps)
-    y = y[:, 1:]  # (N, s*s, Dv) as a view: to normalise CLS in vain is cheaper than a copy
-    if s == P:
-        return y.to(x.dtype)
-    if s % P == 0:  # (N, P, P, Dv); two means of whole rows are five times as fast as mean((2, 4))
-        y = y.reshape(N, P, s // P, P, s // P, Dv).mean(2).mean(3)
-    else:  # windows overlap: adaptive semantics
-        y = F.adaptive_avg_pool2d(y.reshape(N, s, s, Dv).permute(0, 3, 1, 2), P).permute(0, 2, 3, 1)
+        y = F.layer_norm(y, (Dv,), eps=eps)
+    y = y.reshape(N, s, s, Dv)
+    if s % P == 0:
+        y = y.view(N, P, s // P, P, s // P, Dv).mean(2).mean(3)  # (N, P, P, Dv)
+    else:  # windows overlap as in adaptive average pooling
+        y = F.adaptive_avg_pool2d(y.permute(0, 3, 1, 2), P).permute(0, 2, 3, 1)
     if weight is not None:
-        y = y * weight if bias is None else torch.addcmul(bias, y, weight)
+        y = y * weight.to(wide)
+    if bias is not None:
+        y = y + bias.to(wide)
     return y.reshape(N, P * P, Dv).to(x.dtype)
 
 
-@cache
+def pool(x, weight, bias, grid, eps=1e-5):
+    """pool_reference, or the same as one kernel (pool_triton.py), which does not compute in fp64."""
+    if pool_path(x.device.type) == "torch" or x.dtype == torch.float64:
+        return pool_reference(x, weight, bias, grid, eps)
+    import pool_triton
+
+    return pool_triton.pool(x, weight, bias, grid, eps)
+
+
 def pool_path(device):
     """'triton' on CUDA, 'torch' elsewhere; NANO_POOL=triton|torch forces either."""
     path = os.environ.get("NANO_POOL") or ("triton" if device == "cuda" else "torch")
@@ -49,24 +60,14 @@ def pool_path(device):
     return path
 
 
-def pool(x, weight, bias, grid, eps=1e-5):
-    """pool_reference, or the same function as one kernel (pool_triton.py), which computes in fp32 and not in fp64."""
-    plain = pool_path(x.device.type) == "torch" or x.dtype == torch.float64
-    if plain:
-        return pool_reference(x, weight, bias, grid, eps)
-    from pool_triton import pool as fused
-
-    return fused(x, weight, bias, grid, eps)
-
-
 def side(patches):
-    s = round(patches**0.5)
-    assert s * s == patches, f"{patches} patches do not form a square; the first token must be CLS"
+    s = math.isqrt(patches)
+    assert s * s == patches, f"{patches} patches do not form a square"
     return s
 
 
 class PoolAdapter(nn.Module):
-    """InfMLLM's: keeps the patches' order and with it their place in the image. (N,1+s*s,Dv) -> (N,P*P,D)"""
+    """InfMLLM's: keeps the order of the patches and with it their place in the image."""
 
     def __init__(self, width_vit, width_llm, grid, ln_vision=True):
         super().__init__()
@@ -75,36 +76,39 @@ class PoolAdapter(nn.Module):
         self.fc1 = nn.Linear(width_vit, width_llm)
         self.fc2 = nn.Linear(width_llm, width_llm)
 
-    def forward(self, x):
-        weight, bias, eps = (
-            (self.norm.weight, self.norm.bias, self.norm.eps) if self.norm else (None, None, 1e-5)
-        )
-        x = pool(x, weight, bias, self.grid, eps)  # (N, P*P, Dv)
+    def forward(self, x):  # (N, s*s, Dv)
+        if self.norm is None:
+            x = pool(x, None, None, self.grid)  # (N, P*P, Dv)
+        else:
+            x = pool(x, self.norm.weight, self.norm.bias, self.grid, self.norm.eps)
         return self.fc2(F.gelu(self.fc1(x)))  # (N, P*P, D)
 
 
 class Resampler(nn.Module):
-    """The Q-Former's stand-in (Qwen-VL's form): learned queries cross-attend once to all patches, which lose their
-    order. Keys see where a patch lies through the ViT's own positions only. (N,1+s*s,Dv) -> (N,P*P,D)"""
+    """The Q-Former's stand-in, in Qwen-VL's form: learned queries cross-attend once to all patches.
 
-    def __init__(self, width_vit, width_llm, grid, ln_vision=True, head_width=64):
+    Where a patch lies, its key knows through the ViT's own positions only."""
+
+    def __init__(self, width_vit, width_llm, grid, ln_vision=True, head_dim=64):
         super().__init__()
-        self.grid, self.heads = grid, max(1, width_llm // head_width)
-        self.norm = nn.LayerNorm(width_vit, eps=1e-5) if ln_vision else None
+        self.grid = grid
+        self.heads = max(1, width_llm // head_dim)
+        self.norm = nn.LayerNorm(width_vit, eps=1e-5) if ln_vision else nn.Identity()
         self.queries = nn.Parameter(torch.zeros(grid * grid, width_llm))
         self.q = nn.Linear(width_llm, width_llm)
         self.kv = nn.Linear(width_vit, 2 * width_llm)
         self.fc1 = nn.Linear(width_llm, width_llm)
         self.fc2 = nn.Linear(width_llm, width_llm)
 
-    def forward(self, x):
-        N, Q, D = x.shape[0], self.grid**2, self.queries.shape[1]
-        x = x[:, 1:] if self.norm is None else self.norm(x[:, 1:])  # (N, s*s, Dv)
-        k, v = (
-            self.kv(x).view(N, -1, 2, self.heads, D // self.heads).permute(2, 0, 3, 1, 4)
-        )  # (N, H, s*s, hd)
-        q = (
-            self.q(self.queries).view(1, Q, self.heads, -1).transpose(1, 2).expand(N, -1, -1, -1)
-        )  # (N, H, Q, hd)
-        y = F.scaled_dot_product_attention(q.to(k.dtype), k, v).transpose(1, 2).reshape(N, Q, D)
+    def forward(self, x):  # (N, s*s, Dv)
+        N, Q, D, H = len(x), self.grid**2, self.queries.shape[1], self.heads
+        k, v = self.kv(self.norm(x)).chunk(2, dim=-1)  # (N, s*s, D) each
+        k = k.view(N, -1, H, D // H).transpose(1, 2)  # (N, H, s*s, hd)
+        v = v.view(N, -1, H, D // H).transpose(1, 2)
+        q = self.q(self.queries).to(k.dtype).view(1, Q, H, D // H).transpose(1, 2)  # (1, H, Q, hd)
+        y = F.scaled_dot_product_attention(q.expand(N, -1, -1, -1), k, v)  # (N, H, Q, hd)
+        y = y.transpose(1, 2).reshape(N, Q, D)
         return self.fc2(F.gelu(self.fc1(y)))
+
+
+ADAPTERS = {"pool": PoolAdapter, "mlp": PoolAdapter, "resampler": Resampler}

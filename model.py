@@ -1,16 +1,14 @@
-"""InfMLLM from pixels to a loss: a ViT, the pool-adapter (adapter.py) and a LLaMA decoder, in the order the data flows.
+"""InfMLLM from pixels to a loss: a ViT, the pool-adapter (adapter.py) and a LLaMA decoder.
 
     python model.py              # the presets: parameters per part, visual tokens per image, FLOPs per pair
 
-Names of dimensions, used in every shape comment:
+The classes stand in the order in which the data flows. Names of dimensions, used in every shape comment:
     N images in a batch         S pixels per side         s patches per side (S / patch)     P pooled cells per side
     B rows of text              T tokens in a row         V vocabulary                       M supervised positions
-    D width of the LLM          Dv width of the ViT       H heads, K key-value heads, hd head width
+    D width of the LLM          Dv width of the ViT       H heads, K key-value heads         hd width of a head
 """
 
-import copy
 import math
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 
 import torch
@@ -18,15 +16,13 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from adapter import PoolAdapter, Resampler
+from adapter import ADAPTERS
 
 IMAGE = -1  # the token id that holds the place of one visual embedding
-
 IGNORE = -100  # a target that does not count
-
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA-CLIP shares
-
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+LOGITS = 2**23  # numbers in the largest chunk of logits that the loss makes at once: 32 MB in fp32
 
 
 @dataclass
@@ -34,15 +30,14 @@ class ViTConfig:
     image_size: int = 448
     patch: int = 14
     width: int = 1408
-    layers: int = (
-        39  # blocks that run: EVA's 40th is dropped, CLIP stops at hidden state -2 (23 of 24)
-    )
+    layers: int = 39  # that run: EVA's 40th is dropped, CLIP stops at hidden state -2 (23 of 24)
     heads: int = 16
     mlp: int = 6144
     act: str = "gelu"  # gelu (exact) or quick_gelu (CLIP: x * sigmoid(1.702 x))
     eps: float = 1e-6
     patch_bias: bool = True
     pre_norm: bool = False  # CLIP's LayerNorm between the embeddings and the first block
+    prefix: int = 1  # tokens in front of the patches: CLS
 
     def __post_init__(self):
         assert self.image_size % self.patch == 0, (
@@ -71,13 +66,8 @@ class LlamaConfig:
     context: int = 4096  # the longest row it was trained for
     eps: float = 1e-5
     theta: float = 1e4
-    rope: dict = field(
-        default_factory=dict
-    )  # {} or the scaling of a Hugging Face config: rope_type linear | llama3
+    rope: dict = field(default_factory=dict)  # {} or Hugging Face's scaling: linear or llama3
     tied: bool = False  # the head is the embedding matrix
-    branches: dict = field(
-        default_factory=dict
-    )  # inner adaptors: {branch: the layers after which one of its runs}
 
     def __post_init__(self):
         assert self.width % self.heads == 0, (
@@ -86,36 +76,23 @@ class LlamaConfig:
         assert self.heads % self.kv_heads == 0, (
             f"{self.heads} heads do not share {self.kv_heads} key-value heads"
         )
-        for name, inner in self.branches.items():
-            assert name.isidentifier(), f"a branch's name is a word such as mm, not {name!r}"
-            fits = (
-                inner
-                and list(inner) == sorted(set(inner))
-                and inner[0] >= 0
-                and inner[-1] < self.layers
-            )
-            assert fits, (
-                f"branch {name}: {inner} are not layers from 0 to {self.layers - 1}, each once and in order"
-            )
 
 
 @dataclass
 class Config:
     vit: ViTConfig
     llm: LlamaConfig
-    grid: int = 16  # P; the mlp adapter has no pooling, so there it is s whatever one asks for
-    adapter: str = "pool"  # pool, resampler or mlp
+    grid: int = 16  # P; nothing is pooled in front of the mlp adapter: there it is s
+    adapter: str = "pool"  # a name in adapter.ADAPTERS
     ln_vision: bool = True  # LayerNorm in front of the pooling; LLaVA has none
-    image_mark: str = "<image><ImageHere>"  # what `<image>` in a conversation becomes; <ImageHere> alone for LLaVA
+    image_mark: str = "<image><ImageHere>"  # what a conversation's `<image>` becomes
 
     def __post_init__(self):
         if isinstance(self.vit, dict):
             self.vit = ViTConfig(**self.vit)
         if isinstance(self.llm, dict):
             self.llm = LlamaConfig(**self.llm)
-        assert self.adapter in ("pool", "resampler", "mlp"), (
-            f"adapter is pool, resampler or mlp, not {self.adapter}"
-        )
+        assert self.adapter in ADAPTERS, f"adapter is {', '.join(ADAPTERS)}, not {self.adapter}"
         if self.adapter == "mlp":
             self.grid = self.vit.side
         assert 1 <= self.grid <= self.vit.side, (
@@ -131,7 +108,6 @@ class Config:
 
 
 EVA_G = dict(patch=14, width=1408, layers=39, heads=16, mlp=6144)
-
 CLIP_L = dict(
     image_size=336,
     patch=14,
@@ -144,18 +120,13 @@ CLIP_L = dict(
     patch_bias=False,
     pre_norm=True,
 )
-
+TOY_VIT = dict(image_size=64, patch=8, width=128, layers=4, heads=4, mlp=512)
+TOY_LLM = dict(vocab=640, width=128, layers=4, heads=4, kv_heads=4, mlp=352, context=512)
+TINY_LLAMA = dict(vocab=32000, width=2048, layers=22, heads=32, kv_heads=4, mlp=5632, context=2048)
 LLAMA_13B = dict(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
-
 PRESETS = {  # functions, so that nobody changes a shared default
-    "toy": lambda: Config(
-        ViTConfig(64, 8, 128, 4, 4, 512), LlamaConfig(640, 128, 4, 4, 4, 352, context=512), grid=4
-    ),
-    "small": lambda: Config(
-        ViTConfig(**CLIP_L),  # TinyLlama-1.1B
-        LlamaConfig(32000, 2048, 22, 32, 4, 5632, context=2048),
-        grid=12,
-    ),
+    "toy": lambda: Config(ViTConfig(**TOY_VIT), LlamaConfig(**TOY_LLM), grid=4),
+    "small": lambda: Config(ViTConfig(**CLIP_L), LlamaConfig(**TINY_LLAMA), grid=12),
     "llava-7b": lambda: Config(
         ViTConfig(**CLIP_L),
         LlamaConfig(vocab=32064),
@@ -168,65 +139,66 @@ PRESETS = {  # functions, so that nobody changes a shared default
 }
 
 
-def attend(q, k, v, mask=None, causal=False):
-    """Softmax attention: q (B,H,T,hd), k and v (B,K,S,hd) -> (B,H,T,hd)."""
-    gqa = q.shape[1] != k.shape[1]
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=gqa)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The vision tower
+
+
 class LayerNorm(nn.LayerNorm):
-    """Statistics in fp32, output in the input's dtype: autocast would keep an fp32 copy of every activation."""
+    """Statistics in fp32, output in the input's dtype.
+
+    Autocast alone would return fp32 and keep an fp32 copy of every activation."""
 
     def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
-            return F.layer_norm(
-                x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps
-            )
+            weight, bias = self.weight.to(x.dtype), self.bias.to(x.dtype)
+            return F.layer_norm(x, self.normalized_shape, weight, bias, self.eps)
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm attention and MLP (EVA-CLIP in BLIP-2; CLIP). K has no bias: it would add one number to all scores of a
-    query, which the softmax cancels, so checkpoints that store one lose nothing when it is dropped."""
+    """Pre-norm attention and MLP, as in EVA-CLIP and CLIP.
+
+    K has no bias: it would add the same number to all scores of a query, and the softmax cancels
+    that. Checkpoints that store one lose nothing when it is dropped."""
 
     def __init__(self, c: ViTConfig):
         super().__init__()
-        self.heads, self.act = c.heads, c.act
+        self.heads = c.heads
+        self.act = c.act
         self.norm1 = LayerNorm(c.width, eps=c.eps)
-        self.qkv = nn.Linear(c.width, 3 * c.width, bias=False)
-        self.q_bias = nn.Parameter(torch.zeros(c.width))
-        self.v_bias = nn.Parameter(torch.zeros(c.width))
+        self.q = nn.Linear(c.width, c.width)
+        self.k = nn.Linear(c.width, c.width, bias=False)
+        self.v = nn.Linear(c.width, c.width)
         self.proj = nn.Linear(c.width, c.width)
         self.norm2 = LayerNorm(c.width, eps=c.eps)
         self.fc1 = nn.Linear(c.width, c.mlp)
         self.fc2 = nn.Linear(c.mlp, c.width)
 
-    def forward(self, x):  # (N, 1+s*s, Dv)
+    def forward(self, x):  # (N, L, Dv), L = prefix + s*s
         N, L, Dv = x.shape
-        bias = torch.cat((self.q_bias, torch.zeros_like(self.q_bias), self.v_bias))
-        qkv = F.linear(self.norm1(x), self.qkv.weight, bias)  # (N, L, 3*Dv)
-        q, k, v = qkv.view(N, L, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # each (N, H, L, hd)
-        x = x + self.proj(attend(q, k, v).transpose(1, 2).reshape(N, L, Dv))
-        h = self.fc1(self.norm2(x))
-        h = (
-            F.gelu(h) if self.act == "gelu" else F.silu(1.702 * h).div_(1.702)
-        )  # h * sigmoid(1.702 h)
+        h = self.norm1(x)
+        q = self.q(h).view(N, L, self.heads, -1).transpose(1, 2)  # (N, H, L, hd)
+        k = self.k(h).view(N, L, self.heads, -1).transpose(1, 2)
+        v = self.v(h).view(N, L, self.heads, -1).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v)  # (N, H, L, hd)
+        x = x + self.proj(y.transpose(1, 2).reshape(N, L, Dv))
+        h = self.fc1(self.norm2(x))  # (N, L, mlp)
+        if self.act == "quick_gelu":
+            h = h * torch.sigmoid(1.702 * h)
+        else:
+            h = F.gelu(h)
         return x + self.fc2(h)
 
 
 class ViT(nn.Module):
-    """(N,3,S,S) normalised pixels -> (N,1+s*s,Dv), CLS first. No norm at the end: the adapter brings its own."""
+    """(N,3,S,S) normalised pixels -> (N,prefix+s*s,Dv). No norm at the end: the adapter has its own."""
 
     def __init__(self, c: ViTConfig):
         super().__init__()
-        self.config, self.recompute = (
-            c,
-            False,
-        )  # recompute: activation checkpointing, a block at a time
+        self.config = c
+        self.recompute = False  # activation checkpointing, a block at a time
         self.patch_embed = nn.Conv2d(3, c.width, c.patch, c.patch, bias=c.patch_bias)
         self.cls = nn.Parameter(torch.zeros(c.width))
-        self.positions = nn.Parameter(torch.zeros(1 + c.side**2, c.width))  # CLS first
+        self.positions = nn.Parameter(torch.zeros(c.prefix + c.side**2, c.width))  # CLS first
         self.pre_norm = LayerNorm(c.width, eps=c.eps) if c.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.layers))
 
@@ -236,33 +208,29 @@ class ViT(nn.Module):
             f"this ViT takes (N, 3, {S}, {S}), not {tuple(images.shape)}"
         )
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (N, s*s, Dv)
-        x = torch.cat((self.cls.to(x.dtype).expand(N, 1, -1), x), dim=1)  # (N, 1+s*s, Dv)
+        cls = self.cls.to(x.dtype).expand(N, 1, -1)
+        x = torch.cat((cls, x), dim=1)  # (N, 1+s*s, Dv)
         x = self.pre_norm(x + self.positions.to(x.dtype))
         for block in self.blocks:
-            x = (
-                checkpoint(block, x, use_reentrant=False)
-                if self.recompute and x.requires_grad
-                else block(x)
-            )
+            if self.recompute and x.requires_grad:
+                x = checkpoint(block, x, use_reentrant=False)
+            else:
+                x = block(x)
         return x
 
     def resize(self, image_size):
-        """Take images of another size from now on: the grid of positions is resized bicubically, CLS keeps its own."""
+        """Take images of another size from now on: the grid of positions is resized."""
         if image_size == self.config.image_size:
             return
-        self.config = ViTConfig(**{**asdict(self.config), "image_size": image_size})
-        self.positions = nn.Parameter(
-            resize_positions(self.positions.detach(), self.config.side),
-            requires_grad=self.positions.requires_grad,
-        )
+        self.config = replace(self.config, image_size=image_size)
+        positions = resize_positions(self.positions.detach(), self.config.side)
+        self.positions = nn.Parameter(positions, requires_grad=self.positions.requires_grad)
 
 
 def resize_positions(positions, side):
-    """(1+s*s, Dv) -> (1+side*side, Dv), for any two square grids."""
+    """(1+s*s, Dv) -> (1+side*side, Dv): bicubic between two square grids; CLS keeps its own."""
     old = math.isqrt(len(positions) - 1)
-    assert old * old == len(positions) - 1, (
-        f"{len(positions)} positions are not CLS and a square grid"
-    )
+    assert old * old == len(positions) - 1, f"{len(positions)} positions are not CLS and a square"
     if old == side:
         return positions
     wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
@@ -271,98 +239,35 @@ def resize_positions(positions, side):
     return torch.cat((wide[:1], grid.flatten(2)[0].T)).to(positions.dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The language model
+
+
 class RMSNorm(nn.Module):
+    """Statistics in fp32, output in the input's dtype, as LayerNorm above."""
+
     def __init__(self, width, eps):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(width)), eps
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
 
-    def forward(
-        self, x
-    ):  # fp32 inside the kernel, the input's dtype outside; autocast would return fp32
+    def forward(self, x):
         with torch.autocast(x.device.type, enabled=False):
             return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
 
 
-class Cache:
-    """Keys and values of all layers in one allocation; `length` positions of every row are filled."""
-
-    def __init__(
-        self, c: LlamaConfig, rows, room, device, dtype, inner=0
-    ):  # inner: layers of a branch
-        hd = c.width // c.heads
-        self.kv = torch.zeros(
-            c.layers + inner, 2, rows, c.kv_heads, room, hd, device=device, dtype=dtype
-        )
-        self.length, self.room = 0, room
-        self.layers = [kv.unbind() for kv in self.kv]  # views, each (rows, K, room, hd)
-
-    def update(self, layer, k, v):
-        """Append k and v (B,K,T,hd) behind what is there and return the whole."""
-        (K, V), T = self.layers[layer], k.shape[2]
-        K.narrow(2, self.length, T).copy_(k)  # a slice in brackets takes Python twice as long
-        V.narrow(2, self.length, T).copy_(v)
-        return K.narrow(2, 0, self.length + T), V.narrow(2, 0, self.length + T)
-
-
-class LlamaLayer(nn.Module):
-    def __init__(self, c: LlamaConfig):
-        super().__init__()
-        self.heads, self.kv_heads, self.hd = c.heads, c.kv_heads, c.width // c.heads
-        self.attn_norm = RMSNorm(c.width, c.eps)
-        self.q = nn.Linear(c.width, c.heads * self.hd, bias=False)
-        self.k = nn.Linear(c.width, c.kv_heads * self.hd, bias=False)
-        self.v = nn.Linear(c.width, c.kv_heads * self.hd, bias=False)
-        self.o = nn.Linear(c.heads * self.hd, c.width, bias=False)
-        self.mlp_norm = RMSNorm(c.width, c.eps)
-        self.gate = nn.Linear(c.width, c.mlp, bias=False)
-        self.up = nn.Linear(c.width, c.mlp, bias=False)
-        self.down = nn.Linear(c.mlp, c.width, bias=False)
-
-    def forward(self, x, rotary, mask=None, cache=None, index=0):  # (B, T, D)
-        B, T, _ = x.shape
-        h = self.attn_norm(x)
-        q = rotate(
-            self.q(h).view(B, T, self.heads, self.hd).transpose(1, 2), *rotary
-        )  # (B, H, T, hd)
-        k = rotate(
-            self.k(h).view(B, T, self.kv_heads, self.hd).transpose(1, 2), *rotary
-        )  # (B, K, T, hd)
-        v = self.v(h).view(B, T, self.kv_heads, self.hd).transpose(1, 2)
-        causal = mask is None and T > 1
-        if cache is not None:
-            k, v = cache.update(index, k, v)
-        y = attend(q, k, v, mask, causal).transpose(1, 2).reshape(B, T, -1)  # (B, T, H*hd)
-        x = x + self.o(y)
-        h = self.mlp_norm(x)
-        return x + self.down(F.silu(self.gate(h)) * self.up(h))
-
-
-def rotate(x, cos, sin):
-    """Rotary positions in Hugging Face's layout: dimension i turns with dimension i + hd/2, not with its neighbour."""
-    return torch.addcmul(
-        x * cos, x.roll(x.shape[-1] // 2, -1), sin
-    )  # cos, sin: (T, hd) or (B, 1, T, hd)
-
-
-def places(start, T, pad, device):
-    """Positions start ... start+T-1, (T,), or counted from each row's first real token, (B, 1, T)."""
-    at = torch.arange(start, start + T, device=device)
-    return at if pad is None else (at - pad[:, None, None]).clamp(min=0)
-
-
-def angles(at, frequencies, dtype):
-    """cos and sin, (..., hd) each, at these positions; sin is negative in its first half."""
-    angle = at[..., None] * frequencies  # (..., hd/2)
-    angle = torch.cat((-angle, angle), dim=-1)
-    return angle.cos().to(dtype), angle.sin().to(dtype)
+def rotary(positions, c: LlamaConfig, dtype):
+    """Positions (B,T), or (1,T) for all rows -> cos and sin, (B,1,T,hd) each."""
+    angles = positions[:, None, :, None] * frequencies(c, positions.device)  # (B, 1, T, hd/2)
+    angles = torch.cat((angles, angles), dim=-1)  # (B, 1, T, hd)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
 
 
 def frequencies(c: LlamaConfig, device):
-    """Radians per position of each pair of dimensions, (hd/2,) fp32, under the scaling that the config names."""
-    hd = c.width // c.heads
-    f = 1.0 / c.theta ** (torch.arange(0, hd, 2, device=device, dtype=torch.float32) / hd)
+    """Radians per position of each pair of dimensions, (hd/2,), under the config's rope scaling."""
+    head_dim = c.width // c.heads
+    f = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    f = 1.0 / c.theta**f
     kind = c.rope.get("rope_type", c.rope.get("type", "default"))
     if kind == "default":
         return f
@@ -370,377 +275,321 @@ def frequencies(c: LlamaConfig, device):
     if kind == "linear":
         return f / factor
     assert kind == "llama3", f"rope scaling '{kind}' is not one of default, linear, llama3"
-    turns = (
-        c.rope["original_max_position_embeddings"] * f / (2 * math.pi)
-    )  # in the original context
+    turns = c.rope["original_max_position_embeddings"] * f / (2 * math.pi)  # in the old context
     low, high = c.rope["low_freq_factor"], c.rope["high_freq_factor"]
-    keep = ((turns - low) / (high - low)).clamp(
-        0, 1
-    )  # 0: slow, slowed by factor; 1: fast, left alone
+    keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: turns fast, left alone; 0: slowed
     return f * keep + f / factor * (1 - keep)
 
 
-class Branch(nn.Module):
-    """What one workflow adds to a frozen LLM (IAA, arXiv 2408.12902): whole decoder layers, each running after a chosen
-    layer of the base and replacing the hidden state, between an embedding, a norm, a head and a visual adapter of the
-    branch's own. There is no gate: see InfMLLM.grow for how it begins."""
+def rotate(x, cos, sin):
+    """Hugging Face's layout: dimension i turns with dimension i + hd/2, not with its neighbour."""
+    left, right = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-right, left), dim=-1) * sin
 
-    def __init__(self, c: LlamaConfig, inner, adapter=None):
+
+class KVCache:
+    """Keys and values that generation has computed so far; `length` positions of each row are filled.
+
+    A layer's tensors are allocated when it first writes, with `room` positions."""
+
+    def __init__(self, room):
+        self.room = room
+        self.length = 0
+        self.layers = {}
+
+    def append(self, layer, k, v):
+        """Write k and v (B,K,T,hd) behind what is there; returns all so far, (B,K,length+T,hd)."""
+        if layer not in self.layers:
+            B, K, _, hd = k.shape
+            room = (B, K, self.room, hd)
+            self.layers[layer] = (k.new_zeros(room), v.new_zeros(room))
+        end = self.length + k.shape[2]
+        assert end <= self.room, f"the cache holds {self.room} positions and {end} are asked for"
+        keys, values = self.layers[layer]
+        keys[:, :, self.length : end] = k
+        values[:, :, self.length : end] = v
+        return keys[:, :, :end], values[:, :, :end]
+
+
+class LlamaLayer(nn.Module):
+    def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.after = {layer: n for n, layer in enumerate(inner)}
-        self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.width), freeze=False)
-        self.layers = nn.ModuleList(LlamaLayer(c) for _ in inner)
-        self.norm = RMSNorm(c.width, c.eps)
-        if not c.tied:
-            self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
-        self.adapter = adapter
+        self.heads = c.heads
+        self.kv_heads = c.kv_heads
+        self.head_dim = c.width // c.heads
+        self.attn_norm = RMSNorm(c.width, c.eps)
+        self.q = nn.Linear(c.width, c.heads * self.head_dim, bias=False)
+        self.k = nn.Linear(c.width, c.kv_heads * self.head_dim, bias=False)
+        self.v = nn.Linear(c.width, c.kv_heads * self.head_dim, bias=False)
+        self.o = nn.Linear(c.heads * self.head_dim, c.width, bias=False)
+        self.mlp_norm = RMSNorm(c.width, c.eps)
+        self.gate = nn.Linear(c.width, c.mlp, bias=False)
+        self.up = nn.Linear(c.width, c.mlp, bias=False)
+        self.down = nn.Linear(c.mlp, c.width, bias=False)
+
+    def forward(self, x, cos, sin, mask=None, cache=None):  # (B, T, D)
+        B, T, _ = x.shape
+        h = self.attn_norm(x)
+        q = self.q(h).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
+        k = self.k(h).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
+        v = self.v(h).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        if cache is not None:
+            k, v = cache.append(self, k, v)
+        causal = mask is None and T > 1
+        grouped = self.heads != self.kv_heads
+        y = F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
+        )  # (B, H, T, hd)
+        x = x + self.o(y.transpose(1, 2).reshape(B, T, -1))
+        h = self.mlp_norm(x)
+        return x + self.down(F.silu(self.gate(h)) * self.up(h))
 
 
 class Llama(nn.Module):
-    """Tokens (B,T) or embeddings (B,T,D) -> hidden (B,T,D) after the final norm; `head` makes logits of them.
+    """Tokens (B,T) or embeddings (B,T,D) -> hidden (B,T,D) after the final norm.
 
-    Padding on the right needs no mask: nothing looks that far. Padding on the left, `pad` (B,) positions of each row,
-    is for generation, where all rows end at the same place.
-    With `tree`, (position, mask (B,1,T,S)), the tokens of a row are T ways to go on at that one position, each of which
-    looks at the S positions of the cache, its own included, where the mask says: beams, which share their prompt.
-    `active` names the branch that runs; None is the base alone, untouched by whatever branches it has.
-    """
+    Rows that are padded on the right need no mask, as no token looks to its right. Where positions do
+    not simply count on (padding on the left, beams that share a prompt), the caller brings `positions`
+    (B,T) and `mask` (B,1,T,length+T), True where a query may look."""
 
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.config, self.recompute, self.rotary_base, self.active = c, False, None, None
-        # empty: init() or a file fills it, and on the meta device its own normal_ would import torch's compiler, 1.5 s
+        self.config = c
+        self.recompute = False  # activation checkpointing, a layer at a time
+        # without the random values of nn.Embedding: init() or a file fills it
         self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.width), freeze=False)
         self.layers = nn.ModuleList(LlamaLayer(c) for _ in range(c.layers))
         self.norm = RMSNorm(c.width, c.eps)
-        if not c.tied:
-            self.lm_head = nn.Linear(c.width, c.vocab, bias=False)
-        self.branches = nn.ModuleDict(
-            {name: Branch(c, inner) for name, inner in c.branches.items()}
-        )
+        self.lm_head = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
 
-    @property
-    def ends(self):
-        """Whose embedding, norm and head are in use: the active branch's, or the base's."""
-        return self.branches[self.active] if self.active else self
-
-    @property
-    def inner(self):
-        return len(self.ends.layers) if self.active else 0
-
-    def stack(self):
-        """(layer, its place in the cache) in the order in which they run: h <- L_i(h), in a branch h <- A_i(L_i(h))."""
-        for i, layer in enumerate(self.layers):
-            yield layer, i
-            if self.active and i in self.ends.after:
-                n = self.ends.after[i]
-                yield self.ends.layers[n], len(self.layers) + n
-
-    def forward(self, x, cache=None, pad=None, tree=None):
+    def forward(self, x, positions=None, mask=None, cache=None):
         if not x.is_floating_point():
-            x = self.ends.embed(x)
-        start, T = (cache.length if cache else 0), x.shape[1]
-        room = cache.room if cache else T
-        assert start + T <= room, f"the cache holds {room} positions and {start + T} are asked for"
-        mask = tree[1] if tree else attention_mask(start, T, pad, x.device)
-        rotary = self.rotary(x, *((tree[0], 1) if tree else (start, T)), pad)
-        for layer, i in self.stack():
-            args = x, rotary, mask, cache, i
-            x = (
-                checkpoint(layer, *args, use_reentrant=False)
-                if self.recompute and x.requires_grad
-                else layer(*args)
-            )
-        if cache:
+            x = self.embed(x)
+        T = x.shape[1]
+        start = cache.length if cache is not None else 0
+        if positions is None:
+            positions = torch.arange(start, start + T, device=x.device)[None]  # (1, T)
+        if mask is None and start > 0 and T > 1:
+            mask = torch.ones(T, start + T, dtype=torch.bool, device=x.device).tril(start)
+        cos, sin = rotary(positions, self.config, x.dtype)
+        for layer in self.layers:
+            if self.recompute and x.requires_grad:
+                x = checkpoint(layer, x, cos, sin, mask, use_reentrant=False)
+            else:
+                x = layer(x, cos, sin, mask, cache)
+        if cache is not None:
             cache.length += T
-        return self.ends.norm(x)
+        return self.norm(x)
 
     def head(self, hidden):
-        if self.config.tied:
-            return F.linear(hidden, self.ends.embed.weight)
-        return self.ends.lm_head(hidden)
-
-    def rotary(self, x, start, T, pad):
-        """cos and sin for positions start ... start+T-1, counted from each row's first real token."""
-        if self.rotary_base is None or self.rotary_base.device != x.device:
-            self.rotary_base = frequencies(
-                self.config, x.device
-            )  # no buffer: .to(bf16) would round its positions
-        return angles(places(start, T, pad, x.device), self.rotary_base, x.dtype)
+        """(..., D) -> logits (..., V)"""
+        if self.lm_head is None:
+            return F.linear(hidden, self.embed.weight)
+        return self.lm_head(hidden)
 
 
-def attention_mask(start, T, pad, device):
-    """True where a query may look; None where SDPA's own causal path (or no mask, for one token) says the same."""
-    if pad is None and (start == 0 or T == 1):
-        return None
-    key = torch.arange(start + T, device=device)  # (S,)
-    query = key[start:, None]  # (T, 1)
-    if pad is None:
-        return key <= query  # (T, S)
-    # a query in the padding may look at itself, as a softmax over nothing is NaN; nobody looks at it
-    return (key <= query) & ((key >= pad[:, None, None, None]) | (key == query))  # (B, 1, T, S)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-CHUNK = 2**23  # elements of a chunk of logits: 32 MB in fp32
-
-
-def summed_cross_entropy(head, hidden, targets, vocab):
-    """Cross-entropy of head(hidden) (M,V) against targets (M,), summed in fp32 or wider, a few rows at a time.
-
-    The logits of a 7B model's batch would be its largest tensor: a chunk of them is dropped at once and made again in
-    the backward pass.
-    """
-
-    def of_chunk(hidden, targets):
-        logits = head(hidden)
-        wide = torch.promote_types(logits.dtype, torch.float32)
-        return F.cross_entropy(logits.to(wide), targets, ignore_index=IGNORE, reduction="sum")
-
-    rows = max(1, CHUNK // vocab)
-    chunks = zip(hidden.split(rows), targets.split(rows))
-    return sum(checkpoint(of_chunk, h, y, use_reentrant=False) for h, y in chunks)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The whole
-BRANCHES = "llm.branches."  # what the names of a branch's parameters begin with
+
+TUNE = {1: "none", 2: "qv", 3: "full"}  # what of the LLM trains in each stage
+PARTS = ("vit", "adapter", "llm")  # a learning rate each
+
+
+def part_of(name):
+    """The part that a parameter of this name belongs to; `base.` is what a branch is added to."""
+    return name.removeprefix("base.").split(".")[0]
 
 
 class InfMLLM(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
-        c, dv, d = config, config.vit.width, config.llm.width
+        c = self.config = config
         self.vit = ViT(c.vit)
-        kind = Resampler if c.adapter == "resampler" else PoolAdapter
-        self.adapter = kind(dv, d, c.grid, c.ln_vision)
+        self.adapter = ADAPTERS[c.adapter](c.vit.width, c.llm.width, c.grid, c.ln_vision)
         self.llm = Llama(c.llm)
-        for branch in self.llm.branches.values():
-            branch.adapter = kind(dv, d, c.grid, c.ln_vision)
-
-    @torch.no_grad()
-    def grow(self, name, inner):
-        """Add a branch that computes the base's function and take it: everything is a copy of the base's, and with o
-        and down at zero an inner layer, a copy of the one that it follows, adds nothing to the hidden state yet."""
-        llm, c = self.llm, self.llm.config
-        replace(c, branches={name: inner})  # complains if they cannot be
-        c.branches[name] = list(inner)
-        with torch.device("meta"):
-            branch = llm.branches[name] = Branch(c, inner)
-        branch.layers = copy.deepcopy(nn.ModuleList(llm.layers[i] for i in inner))
-        for layer in branch.layers:
-            layer.o.weight.zero_(), layer.down.weight.zero_()
-        for part in ("embed", "norm", "lm_head")[: 2 if c.tied else 3]:
-            setattr(branch, part, copy.deepcopy(getattr(llm, part)))
-        branch.adapter = copy.deepcopy(self.adapter)
-        return self.use(name)
-
-    def use(self, branch):
-        """Answer and train through this branch from now on; None: the base alone."""
-        assert branch is None or branch in self.llm.branches, (
-            f"no branch {branch}; there is {list(self.llm.branches)}"
-        )
-        self.llm.active = branch
-        return self
-
-    @contextmanager
-    def using(self, branch):
-        before = self.llm.active
-        try:
-            yield self.use(branch)
-        finally:
-            self.llm.active = before
 
     @property
-    def front(self):
-        """The adapter in use: the active branch's, or the base's."""
-        return self.llm.ends.adapter if self.llm.active else self.adapter
-
-    def see(self, images):
-        """(N,3,S,S) -> (N,1+s*s,Dv). uint8 is normalised here; float is taken as normalised already."""
-        if images.dtype == torch.uint8:
-            mean, std = (
-                torch.tensor(t, device=images.device).view(3, 1, 1) * 255
-                for t in (PIXEL_MEAN, PIXEL_STD)
-            )
-            images = (images - mean) / std
-        trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.vit.parameters())
-        with torch.set_grad_enabled(trains):
-            return self.vit(images.to(self.vit.patch_embed.weight.dtype))
+    def text_model(self):
+        """The model that answers what is asked without a picture; an IAA branch has its base for it."""
+        return self
 
     def encode_images(self, images):
-        return self.front(self.see(images))  # (N,3,S,S) -> (N,P*P,D)
+        """(N,3,S,S) -> (N,P*P,D). uint8 is normalised here; float is taken as normalised already."""
+        if images.dtype == torch.uint8:
+            mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
+            std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
+            images = (images - 255 * mean) / (255 * std)
+        features = self.vit(images.to(self.vit.patch_embed.weight.dtype))  # (N, prefix+s*s, Dv)
+        patches = features[:, self.config.vit.prefix :]  # (N, s*s, Dv), a view
+        return self.adapter(patches)
 
-    def embed(self, images, tokens, image_at=None):
-        """Token embeddings with the placeholders overwritten by the images', (B,T,D).
+    def embed(self, images, tokens, image_positions=None):
+        """Token embeddings (B,T,D) in which the placeholders are overwritten by the images'.
 
-        image_at (N*P*P,): where in tokens.flatten() each visual embedding goes, -1 for nowhere. Without it the
-        placeholders are looked for, which waits for the device.
+        image_positions (N*P*P,): the place of each visual embedding in tokens.flatten(), -1 for
+        nowhere. Without it the placeholders are looked for, which waits for the device.
         """
         B, T = tokens.shape
         cells = self.config.visual_tokens
-        if image_at is None:
-            image_at = (tokens.flatten() == IMAGE).nonzero()[:, 0]
-            if (
-                len(images) == 0
-            ):  # one blank image that goes nowhere: every rank builds the same graph
-                images, image_at = (
-                    images.new_zeros(1, *images.shape[1:]),
-                    image_at.new_full((cells,), -1),
-                )
-        N = len(images)
-        assert len(image_at) == N * cells, (
-            f"{N} images need {N * cells} placeholders ({cells} each), and the text "
-            f"has {len(image_at)}"
+        flat = tokens.flatten()
+        if image_positions is None:
+            image_positions = (flat == IMAGE).nonzero()[:, 0]
+            if len(images) == 0:  # a blank one that goes nowhere: the same graph on every rank
+                images = images.new_zeros(1, *images.shape[1:])
+                image_positions = image_positions.new_full((cells,), -1)
+        assert len(image_positions) == len(images) * cells, (
+            f"{len(images)} images need {len(images) * cells} placeholders ({cells} each), "
+            f"and the text has {len(image_positions)}"
         )
         visual = self.encode_images(images).flatten(0, 1)  # (N*P*P, D)
-        flat = F.pad(tokens.flatten(), (0, 1))  # one place more, for embeddings that go nowhere
-        x = self.llm.ends.embed(flat.clamp(min=0))  # (B*T+1, D)
+        flat = F.pad(flat, (0, 1))  # one place more, for embeddings that go nowhere
+        x = self.llm.embed(flat.clamp(min=0))  # (B*T+1, D)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        x = x.index_copy(0, torch.where(image_at < 0, B * T, image_at), visual.to(x.dtype))
+        places = torch.where(image_positions < 0, B * T, image_positions)
+        x = x.index_copy(0, places, visual.to(x.dtype))
         return x[:-1].view(B, T, -1)
 
-    def forward(self, images, tokens, targets=None, image_at=None, target_at=None):
-        """The cross-entropy summed over targets != IGNORE in fp32; logits (B,T,V) where no targets are given.
+    def forward(self, images, tokens, targets=None, image_positions=None, target_positions=None):
+        """The cross-entropy summed over targets != IGNORE, in fp32; logits (B,T,V) without targets.
 
-        targets[b,t] is what should follow tokens[b,t]. target_at (M,): where in targets.flatten() something is
-        supervised, -1 for padding; without it these are looked for, which waits for the device.
+        targets[b,t] is what should follow tokens[b,t]. target_positions (M,): the places in
+        targets.flatten() that are supervised, -1 for padding. Without it they are looked for, which
+        waits for the device.
         """
-        x = self.embed(images, tokens, image_at)  # (B, T, D)
+        x = self.embed(images, tokens, image_positions)  # (B, T, D)
+        hidden = self.llm(x)  # (B, T, D)
         if targets is None:
-            return self.llm.head(self.llm(x))
+            return self.llm.head(hidden)
         targets = targets.flatten()
-        if target_at is None:
-            target_at = (targets != IGNORE).nonzero()[:, 0]
-        at = target_at.clamp(min=0)
-        wanted = torch.where(target_at < 0, IGNORE, targets[at])  # (M,)
-        hidden = self.llm(x).flatten(0, 1)[at]  # (M, D)
-        return summed_cross_entropy(self.llm.head, hidden, wanted, self.llm.config.vocab)
+        if target_positions is None:
+            target_positions = (targets != IGNORE).nonzero()[:, 0]
+        places = target_positions.clamp(min=0)
+        supervised = torch.where(target_positions < 0, IGNORE, targets[places])  # (M,)
+        return self.summed_loss(hidden.flatten(0, 1)[places], supervised)
+
+    def summed_loss(self, hidden, targets):
+        """Cross-entropy of hidden (M,D) against targets (M,), summed.
+
+        The logits of a 7B model's batch would be its largest tensor. They are made in chunks of rows,
+        and made again in the backward pass, so that one chunk at a time is in memory.
+        """
+        rows = max(1, LOGITS // self.config.llm.vocab)
+        loss = hidden.new_zeros((), dtype=torch.promote_types(hidden.dtype, torch.float32))
+        for h, t in zip(hidden.split(rows), targets.split(rows)):
+            loss = loss + checkpoint(self.chunk_loss, h, t, use_reentrant=False)
+        return loss
+
+    def chunk_loss(self, hidden, targets):
+        logits = self.llm.head(hidden)  # (m, V)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum")
 
     def freeze(self, stage, tune=None):
-        """Let exactly the parts train that InfMLLM trains in this stage (paper, section 3.2; FACTS table)."""
-        for name, p in self.named_parameters():
-            p.requires_grad_(trains(name, stage, tune, self.llm.active))
+        """Let exactly the parts train that InfMLLM trains in this stage (paper, section 3.2).
+
+        The adapter trains in every stage, the ViT in stage 2, and of the LLM what `tune` says: none,
+        qv, full, or the stage's own. A swapped module trains like the one it replaces; what of it
+        must stay as it is says so by `module.frozen = True`.
+        """
+        assert stage in TUNE, f"stage is 1, 2 or 3, not {stage!r}"
+        self.requires_grad_(False)
+        for module in self.trained_modules(stage, tune or TUNE[stage]):
+            module.requires_grad_(True)
+        for module in self.modules():
+            if getattr(module, "frozen", False):
+                module.requires_grad_(False)
         return self
 
-    def resize(self, image_size):
-        """Take images of another size from now on; the number of visual tokens stays unless nothing is pooled."""
+    def trained_modules(self, stage, tune):
+        modules = [self.adapter]
+        if stage == 2:
+            modules.append(self.vit)
+        if tune == "full":
+            modules.append(self.llm)
+        if tune == "qv":
+            modules += [m for layer in self.llm.layers for m in (layer.q, layer.v)]
+        return modules
+
+    def resize(self, image_size, grid=None):
+        """Take images of another size; as many visual tokens, unless nothing is pooled or `grid` says."""
         self.vit.resize(image_size)
-        self.config.vit = self.vit.config
-        self.config.__post_init__()
-        for adapter in (self.adapter, *(b.adapter for b in self.llm.branches.values())):
-            adapter.grid = self.config.grid
+        self.config = replace(self.config, vit=self.vit.config, grid=grid or self.config.grid)
+        self.adapter.grid = self.config.grid
         return self
-
-
-TUNE = {
-    1: "none",
-    2: "qv",
-    3: "full",
-}  # what of the LLM trains in a stage: alignment, multitask, instructions
-
-
-def trains(name, stage, tune=None, branch=None):
-    """Whether the parameter of this name is trained: the adapter in every stage, the ViT in stage 2, and of the LLM
-    what `tune` says (none, qv, full; the stage's own by default), or the whole of a branch and nothing else (inner)."""
-    if stage not in TUNE:
-        raise ValueError(f"stage is 1, 2 or 3, not {stage!r}")
-    tune = tune or TUNE[stage]
-    if tune == "inner":
-        return name.startswith(f"{BRANCHES}{branch}.")
-    part = name.split(".")[0]
-    if part != "llm":
-        return part == "adapter" or stage == 2
-    if name.startswith(BRANCHES):
-        return False
-    return tune == "full" or tune == "qv" and name.endswith((".q.weight", ".v.weight"))
-
-
-def part_of(name):
-    """vit, adapter or llm, for learning rates and tables; a branch's adapter is an adapter."""
-    return "adapter" if name.startswith(BRANCHES) and ".adapter." in name else name.split(".")[0]
 
 
 @torch.no_grad()
 def init(model, seed=0):
     """Random weights for a model or any part of it, the same for the same seed.
 
-    matrices, convolutions, embeddings     normal, 0.02
-    the matrix that ends a residual branch normal, 0.02 / sqrt(2 * layers)     (proj, fc2; o, down)
-    positions, cls, queries                normal, 0.02
+    matrices, convolutions, embeddings          normal, 0.02
+    the matrix that ends a residual branch      normal, 0.02 / sqrt(2 * layers)
+    positions, cls, queries                     normal, 0.02
     biases 0, norm weights 1
     """
     rng = torch.Generator().manual_seed(seed)
-    layers = {
-        kind: sum(isinstance(m, kind) for m in model.modules()) for kind in (ViTBlock, LlamaLayer)
-    }
-    ends = {"proj": ViTBlock, "fc2": ViTBlock, "o": LlamaLayer, "down": LlamaLayer}
     for name, p in model.named_parameters():
-        owner, leaf = ([""] + name.split("."))[-2:]
-        if p.ndim == 1 and leaf not in ("cls",):
-            p.fill_(1.0 if leaf == "weight" else 0.0)
+        leaf = name.split(".")[-1]
+        if p.ndim > 1 or leaf == "cls":
+            p.copy_(torch.randn(p.shape, generator=rng) * 0.02)
         else:
-            block = model.get_submodule(
-                name.rpartition(".")[0].rpartition(".")[0]
-            )  # the adapter has an fc2 as well
-            std = (
-                0.02 / math.sqrt(2 * layers[type(block)])
-                if ends.get(owner) is type(block)
-                else 0.02
-            )
-            p.copy_(torch.randn(p.shape, generator=rng) * std)
+            p.fill_(1.0 if leaf == "weight" else 0.0)
+    for kind, ends in ((ViTBlock, ("proj", "fc2")), (LlamaLayer, ("o", "down"))):
+        layers = [module for module in model.modules() if isinstance(module, kind)]
+        for layer in layers:
+            for end in ends:
+                getattr(layer, end).weight.div_(math.sqrt(2 * len(layers)))
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # What it costs
-def flops(c: Config, text, supervised, stage=None, tune=None, branch=None):
-    """FLOPs of one image-text pair by part: the forward pass, and with a stage also the gradients that it needs.
 
-    A multiply-add is two. Causal attention is counted at the half that it needs. Gradients: as much as the forward
-    pass for what flows through (dX), as much again for weights that train (dW). Recomputation is not counted.
+
+def flops(c: Config, text, supervised, stage=None, tune=None, inner=0):
+    """FLOPs of one image-text pair by part: the forward pass; with a stage also its gradients.
+
+    A multiply-add is two. Causal attention is counted at the half that it needs. Gradients: as much as
+    the forward pass for what flows through (dX), as much again for weights that train (dW).
+    Recomputation is not counted. tune "inner": `inner` layers are added to the LLM; they and its ends train.
     """
-    v, l, L, T = c.vit, c.llm, 1 + c.vit.side**2, c.visual_tokens + text
-    patches = 2 * v.side**2 * 3 * v.patch**2 * v.width
-    vit = patches + v.layers * (
-        2 * L * (4 * v.width**2 + 2 * v.width * v.mlp) + 4 * L * L * v.width
-    )
+    v, l = c.vit, c.llm
+    layers = l.layers + inner
+    patches, T = v.prefix + v.side**2, c.visual_tokens + text
+    patch_embed = 2 * v.side**2 * 3 * v.patch**2 * v.width
+    vit_matrices = 2 * patches * (4 * v.width**2 + 2 * v.width * v.mlp)
+    vit = patch_embed + v.layers * (vit_matrices + 4 * patches**2 * v.width)
     adapter_in = 2 * c.visual_tokens * v.width * l.width
     adapter_out = 2 * c.visual_tokens * l.width**2
-    kv = l.width * l.kv_heads // l.heads
-    qv, k, rest = l.width * (l.width + kv), l.width * kv, l.width * (l.width + 3 * l.mlp)
-    inner = l.branches[branch] if branch else []
-    layers = l.layers + len(inner)
-    llm_qv = 2 * T * l.layers * qv
-    llm = 2 * T * layers * (qv + k + rest)
-    llm_inner = 2 * T * len(inner) * (qv + k + rest)
-    llm_attention = layers * 2 * T * T * l.width
+    kv_width = l.width * l.kv_heads // l.heads
+    qv = 2 * T * l.width * (l.width + kv_width)
+    layer = 2 * T * l.width * (2 * l.width + 2 * kv_width + 3 * l.mlp)
+    attention = 2 * T * T * l.width
     head = 2 * supervised * l.width * l.vocab
     parts = {
         "vit": vit,
         "adapter": adapter_in + adapter_out,
-        "llm": llm + llm_attention,
+        "llm": layers * (layer + attention),
         "head": head,
     }
     if stage is None:
         return parts
     tune = tune or TUNE[stage]
-    sees = stage == 2 and tune != "inner"
-    if sees:
-        parts["vit"] = 3 * vit - patches  # pixels need no gradient
-    parts["adapter"] += 2 * adapter_out + adapter_in * (2 if sees or c.ln_vision else 1)
-    parts["llm"] += (
-        llm + 2 * llm_attention + {"none": 0, "qv": llm_qv, "full": llm, "inner": llm_inner}[tune]
-    )
-    parts["head"] += head + (head if tune in ("full", "inner") else 0)
+    vit_trains = stage == 2 and tune != "inner"
+    if vit_trains:
+        parts["vit"] += 2 * vit - patch_embed  # pixels need no gradient
+    to_patches = vit_trains or c.ln_vision  # the gradient flows on through fc1
+    parts["adapter"] += 2 * adapter_out + adapter_in * (2 if to_patches else 1)
+    trained = {"none": 0, "qv": l.layers * qv, "full": l.layers * layer, "inner": inner * layer}
+    parts["llm"] += layers * (layer + 2 * attention) + trained[tune]
+    parts["head"] += head * (2 if tune in ("full", "inner") else 1)
     return parts
 
 
 def every_layer(model):
-    """All blocks and layers, a branch's too: what is compiled, sharded and counted one by one."""
+    """All blocks and layers: what is compiled and sharded one by one."""
     return [m for m in model.modules() if isinstance(m, (ViTBlock, LlamaLayer))]
 
 
@@ -752,21 +601,22 @@ def main():
     text, supervised = 64, 16
     print(
         f"{'preset':<13}{'ViT':>9}{'adapter':>9}{'LLM':>9}{'total':>9}   image  patches  visual tokens"
-        f"   forward   GFLOPs: ViT + adapter + LLM + head"
+        "   forward   GFLOPs: ViT + adapter + LLM + head"
     )
     for name, make in PRESETS.items():
         c = make()
         with torch.device("meta"):
-            m = InfMLLM(c)
-        sizes = [count(part) / 1e6 for part in (m.vit, m.adapter, m.llm, m)]
+            model = InfMLLM(c)
+        parts = (model.vit, model.adapter, model.llm, model)
+        sizes = "".join(f"{count(part) / 1e6:>8.1f}M" for part in parts)
         cost = [x / 1e9 for x in flops(c, text, supervised).values()]
         print(
-            f"{name:<13}" + "".join(f"{n:>8.1f}M" for n in sizes) + f"{c.vit.image_size:>8}"
-            f"{c.vit.side:>6}x{c.vit.side:<3}{c.visual_tokens:>12}{sum(cost):>12.1f}   "
-            + " + ".join(f"{x:.1f}" for x in cost)
+            f"{name:<13}{sizes}{c.vit.image_size:>8}{c.vit.side:>6}x{c.vit.side:<3}"
+            f"{c.visual_tokens:>12}{sum(cost):>12.1f}   " + " + ".join(f"{x:.1f}" for x in cost)
         )
     print(
-        f"forward: one image, {text} text tokens, {supervised} of them supervised; a multiply-add counts as two"
+        f"forward: one image, {text} text tokens, {supervised} of them supervised; "
+        "a multiply-add counts as two"
     )
 
 

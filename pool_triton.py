@@ -2,9 +2,9 @@
 
     y[n, (i, j)] = mean over the patches p of window (i, j) of (x[n, p] - mean_p) * rstd_p * weight + bias
 
-Eager PyTorch reads and writes (N, s*s, D) for the LayerNorm, again for the copy that drops CLS, and reads it for the
-mean. Here a program owns ROWS windows: it loads one patch of each, takes its statistics while the row lies in
-registers, adds it to the window's fp32 sum, and writes the window once. CLS is never read: dropping it is an offset.
+Eager PyTorch reads and writes (N, s*s, D) for the LayerNorm and reads it again for the mean. Here a program owns ROWS
+windows: it loads one patch of each, takes its statistics while the row lies in registers, adds it to the window's fp32
+sum, and writes the window once. x may be a view of any strides, so that CLS is dropped without a copy.
 
 Bytes through memory (b the size of a number); a few operations a byte, so these bytes are the floor of the time:
     forward     b*N*s*s*D + b*N*P*P*D            x in, y out            + 8*N*s*s, mean and rstd, if a gradient follows
@@ -20,31 +20,37 @@ Names of dimensions: N images, s patches per side, P windows per side, D the ViT
 null pointer, and the code that it would need is not compiled.
 """
 
-from functools import cache
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-INTERPRETED = (
-    triton.knobs.runtime.interpret
-)  # TRITON_INTERPRET=1: the kernels run in numpy, on CPU tensors
+from adapter import side
+
+# TRITON_INTERPRET=1: the kernels run in numpy, on CPU tensors
+INTERPRETED = triton.knobs.runtime.interpret
+
+
+@triton.jit
+def span(i, s: tl.constexpr, P: tl.constexpr):
+    """Row i of windows covers the rows of patches from the first number to before the second. With s and P
+    exchanged: row i of patches lies under these rows of windows."""
+    return i * s // P, ((i + 1) * s + P - 1) // P
 
 
 @triton.jit
 def forward_kernel(
-    x_ptr,  # (N, 1+s*s, D), any strides
-    w_ptr,
-    b_ptr,  # (D,); null: no LayerNorm, no bias
+    x_ptr,  # (N, s*s, D), any strides
+    w_ptr,  # (D,); null: no LayerNorm
+    b_ptr,  # (D,); null: no bias
     y_ptr,  # (N, P*P, D), contiguous
-    mean_ptr,
-    rstd_ptr,  # (N, s*s); null: no backward will follow
-    xn,
+    mean_ptr,  # (N, s*s); null: no backward will follow
+    rstd_ptr,  # (N, s*s); null as mean_ptr
+    xn,  # the three strides of x
     xt,
-    xd,  # strides of x
-    windows,
-    eps,  # N*P*P
+    xd,
+    windows,  # N*P*P
+    eps,
     s: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
@@ -54,155 +60,130 @@ def forward_kernel(
     STAGES: tl.constexpr,
 ):
     window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
-    n, i, j = (window // (P * P)).to(tl.int64), window // P % P, window % P
-    top, bottom = i * s // P, ((i + 1) * s + P - 1) // P
-    left, right = j * s // P, ((j + 1) * s + P - 1) // P
+    n = (window // (P * P)).to(tl.int64)
+    i = window // P % P
+    j = window % P
+    top, bottom = span(i, s, P)
+    left, right = span(j, s, P)
     col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     inside = col < D
     total = tl.zeros((ROWS, BLOCK), tl.float32)
-    for k in tl.range(
-        0, K * K, num_stages=STAGES
-    ):  # STAGES: the next patch loads while this one adds
-        r, c = top + k // K, left + k % K
-        live = (window < windows) & (r < bottom) & (c < right)  # ragged windows end early
+    # with STAGES > 1 the next patch loads while this one is added
+    for k in tl.range(0, K * K, num_stages=STAGES):
+        r = top + k // K
+        c = left + k % K
+        live = (window < windows) & (r < bottom) & (c < right)  # smaller windows end early
         patch = (r * s + c).to(tl.int64)
-        x = tl.load(
-            x_ptr + (n * xn + (1 + patch) * xt)[:, None] + col * xd,
-            live[:, None] & inside,
-            other=0.0,
-        )
-        x = x.to(tl.float32)
+        row = x_ptr + (n * xn + patch * xt)[:, None]
+        x = tl.load(row + col * xd, live[:, None] & inside, other=0.0).to(tl.float32)
         if w_ptr is not None:
             mean = tl.sum(x, 1) / D
-            x = tl.where(inside, x - mean[:, None], 0.0)  # centred before squaring: no cancellation
+            # centred before it is squared: E[x*x] - E[x]**2 would cancel
+            x = tl.where(inside, x - mean[:, None], 0.0)
             rstd = tl.where(live, tl.rsqrt(tl.sum(x * x, 1) / D + eps), 0.0)
             x *= rstd[:, None]
-            if mean_ptr is not None:  # where windows overlap, both write the same bits
+            if mean_ptr is not None:  # where windows overlap, each writes the same bits
                 tl.store(mean_ptr + n * s * s + patch, mean, live)
                 tl.store(rstd_ptr + n * s * s + patch, rstd, live)
         total += x
     y = total * (1.0 / ((bottom - top) * (right - left)))[:, None]
-    # the mean of affine images is the affine image of the mean: weight and bias once a window, not once a patch
+    # the mean is affine in the patches: weight and bias once a window, not once a patch
     if w_ptr is not None:
         y *= tl.load(w_ptr + col, inside, other=0.0).to(tl.float32)
     if b_ptr is not None:
         y += tl.load(b_ptr + col, inside, other=0.0).to(tl.float32)
-    tl.store(
-        y_ptr + window.to(tl.int64)[:, None] * D + col, y, (window < windows)[:, None] & inside
-    )
+    y_row = y_ptr + window.to(tl.int64)[:, None] * D
+    tl.store(y_row + col, y, (window < windows)[:, None] & inside)
 
 
 @triton.jit
 def backward_kernel(
     dy_ptr,  # (N, P*P, D), any strides
-    x_ptr,  # (N, 1+s*s, D), any strides; null: not needed
+    x_ptr,  # (N, s*s, D), any strides; null: not needed
     w_ptr,  # (D,); null: no LayerNorm
-    mean_ptr,
-    rstd_ptr,  # (N, s*s); null as x
-    dx_ptr,  # (N, 1+s*s, D), contiguous; null: not wanted
-    dw_ptr,
-    db_ptr,  # (programs, D), the sums of each program; null: not wanted
-    yn,
+    mean_ptr,  # (N, s*s); null as x_ptr
+    rstd_ptr,
+    dx_ptr,  # (N, s*s, D), contiguous; null: not wanted
+    dw_ptr,  # (programs, D), the sum of each program; null: not wanted
+    db_ptr,  # (programs, D), as dw_ptr
+    yn,  # the three strides of dy
     yt,
     yd,
-    xn,
+    xn,  # the three strides of x
     xt,
-    xd,  # strides of dy and x
+    xd,
     tiles,  # N*G*G * K*K//ROWS
     s: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
-    G: tl.constexpr,  # groups per side: a group is K*K patches under the same windows, with the same gradient
+    G: tl.constexpr,  # groups per side; the K*K patches of a group lie under the same windows
     V: tl.constexpr,  # windows over a group per side, at most
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     K: tl.constexpr = s // G
-    PARTS: tl.constexpr = K * K // ROWS  # tiles of a group
+    TILES: tl.constexpr = K * K // ROWS  # of a group
     col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     inside = col < D
     if w_ptr is not None:
         w = tl.load(w_ptr + col, inside, other=0.0).to(tl.float32)
-    if dw_ptr is not None:
-        dw = tl.zeros((1, BLOCK), tl.float32)
-    if db_ptr is not None:
-        db = tl.zeros((1, BLOCK), tl.float32)
+    dw = tl.zeros((1, BLOCK), tl.float32)
+    db = tl.zeros((1, BLOCK), tl.float32)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        group = tile // PARTS
-        n, top, left = (group // (G * G)).to(tl.int64), group // G % G * K, group % G * K
-        g = tl.zeros((1, BLOCK), tl.float32)  # d loss / d any affine patch of this group
+        group = tile // TILES
+        n = (group // (G * G)).to(tl.int64)
+        top = group // G % G * K
+        left = group % G * K
+        # the gradient with respect to any affine patch of this group, gathered from its windows
+        g = tl.zeros((1, BLOCK), tl.float32)
         for v in tl.static_range(V * V):
-            i, j = top * P // s + v // V, left * P // s + v % V
-            over = (i * s < (top + 1) * P) & (j * s < (left + 1) * P)
-            size = (((i + 1) * s + P - 1) // P - i * s // P) * (
-                ((j + 1) * s + P - 1) // P - j * s // P
-            )
-            row = n * yn + (i * P + j).to(tl.int64) * yt
-            dy = tl.load(dy_ptr + row + col * yd, col < tl.where(over, D, 0), other=0.0)
-            g += dy.to(tl.float32) * (1.0 / size)
+            i = top * P // s + v // V
+            j = left * P // s + v % V
+            up, down = span(i, s, P)
+            west, east = span(j, s, P)
+            covers = (up <= top) & (west <= left)
+            columns = tl.where(covers, D, 0)  # of a window elsewhere nothing is loaded
+            row = dy_ptr + n * yn + (i * P + j).to(tl.int64) * yt
+            dy = tl.load(row + col * yd, col < columns, other=0.0).to(tl.float32)
+            g += dy * (1.0 / ((down - up) * (east - west)))
         if db_ptr is not None:
             db += g
-        k = tile % PARTS * ROWS + tl.arange(0, ROWS)  # (ROWS,) within the group
+        k = tile % TILES * ROWS + tl.arange(0, ROWS)  # (ROWS,) within the group
         patch = ((top + k // K) * s + left + k % K).to(tl.int64)
         dx = tl.broadcast_to(g, (ROWS, BLOCK))
         if x_ptr is not None:
-            x = tl.load(
-                x_ptr + n * xn + (1 + patch)[:, None] * xt + col * xd, inside, other=0.0
-            ).to(tl.float32)
-            mean, rstd = (
-                tl.load(mean_ptr + n * s * s + patch)[:, None],
-                tl.load(rstd_ptr + n * s * s + patch)[:, None],
-            )
+            row = x_ptr + n * xn + patch[:, None] * xt
+            x = tl.load(row + col * xd, inside, other=0.0).to(tl.float32)
+            mean = tl.load(mean_ptr + n * s * s + patch)[:, None]
+            rstd = tl.load(rstd_ptr + n * s * s + patch)[:, None]
             x = (x - mean) * rstd  # normalised; past D not zero, but there g is
             if dw_ptr is not None:
                 dw += g * tl.sum(x, 0)[None, :]
             h = g * w
             dx = (h - (tl.sum(h, 1) / D)[:, None] - x * (tl.sum(h * x, 1) / D)[:, None]) * rstd
         if dx_ptr is not None:
-            image = dx_ptr + n * (1 + s * s) * D
-            tl.store(image + (1 + patch)[:, None] * D + col, dx, inside)
-            first = (
-                tile % (G * G * PARTS) == 0
-            )  # an image's first tile zeroes CLS, which had no part
-            tl.store(image + col, tl.zeros_like(g), col < tl.where(first, D, 0))
-    out = tl.program_id(0) * D + col
+            tl.store(dx_ptr + (n * s * s + patch)[:, None] * D + col, dx, inside)
+    sums = tl.program_id(0) * D + col
     if dw_ptr is not None:
-        tl.store(dw_ptr + out, dw, inside)
+        tl.store(dw_ptr + sums, dw, inside)
     if db_ptr is not None:
-        tl.store(db_ptr + out, db * ROWS, inside)
+        tl.store(db_ptr + sums, db * ROWS, inside)
 
 
-@cache
 def processors(device):
     """Streaming multiprocessors; two for the interpreter, so that its programs loop as a GPU's do."""
-    return (
-        torch.cuda.get_device_properties(device).multi_processor_count
-        if device.type == "cuda"
-        else 2
-    )
+    if device.type != "cuda":
+        return 2
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def tiling(D):
-    """A row of D takes BLOCK lanes, 16 a thread: two 16-byte loads of bf16, and room for every array in 128 registers.
-    D = 1408 leaves the lanes 1408..2047 idle: they cost registers, but no bytes."""
+    """A row of D takes BLOCK lanes, 16 a thread: two 16-byte loads of bf16, and room for every array in
+    128 registers. D = 1408 leaves the lanes 1408..2047 idle: they cost registers, but no bytes."""
     block = triton.next_power_of_2(D)
-    return dict(
-        D=D, BLOCK=block, STAGES=3 if block <= 8192 else 1, num_warps=min(16, max(1, block // 512))
-    )
-
-
-def pointers(*tensors):
-    assert all(t is None or t.is_cuda or INTERPRETED for t in tensors), (
-        "the pooling kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is imported"
-    )
-    return tensors
-
-
-def side(patches):
-    s = round(patches**0.5)
-    assert s * s == patches, f"{patches} patches do not form a square; the first token must be CLS"
-    return s
+    stages = 3 if block <= 8192 else 1
+    return dict(D=D, BLOCK=block, STAGES=stages, num_warps=min(16, max(1, block // 512)))
 
 
 def reach(s, P):
@@ -210,43 +191,59 @@ def reach(s, P):
     return max(-(-(i + 1) * s // P) - i * s // P for i in range(P))
 
 
-# The two operators: torch.compile and the autograd engine see their names, shapes and gradients, and nothing inside.
-# An operator's outputs cannot be optional, so what was not wanted comes back empty.
+# Two operators: torch.compile and the autograd engine see names, shapes and gradients, and nothing inside.
+# Each stands under the function that says what it returns. An output cannot be optional: what is not wanted
+# comes back empty.
+
+
+def forward_outputs(x, weight, bias, grid, eps, keep_stats):
+    """y (N, P*P, D) in x's dtype, mean and rstd (N, s*s) in fp32, or (0, s*s) where they are not kept."""
+    N, patches, D = x.shape
+    y = x.new_empty(N, grid * grid, D)
+    kept = N if keep_stats and weight is not None else 0
+    mean = x.new_empty(kept, patches, dtype=torch.float32)
+    return y, mean, torch.empty_like(mean)
+
+
 @torch.library.custom_op("infmllm::pool", mutates_args=())
 def pool_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, grid: int, eps: float, stats: bool
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, grid: int, eps: float, keep_stats: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(N, 1+s*s, D) -> y (N, P*P, D), mean and rstd (N, s*s) in fp32, both empty unless `stats` and LayerNorm."""
-    (N, tokens, D), P = x.shape, grid
-    s, stats = side(tokens - 1), stats and weight is not None
-    y = x.new_empty(N, P * P, D)
-    mean, rstd = (x.new_empty(N if stats else 0, s * s, dtype=torch.float32) for _ in range(2))
-    if y.numel():
-        rows = (
-            2 if N * P * P >= 8 * processors(x.device) else 1
-        )  # few windows: rather more programs than larger ones
-        with torch.cuda.device_of(x):
-            forward_kernel[triton.cdiv(N * P * P, rows),](
-                *pointers(x, weight, bias, y),
-                *((mean, rstd) if stats else (None, None)),
-                *x.stride(),
-                N * P * P,
-                eps,
-                s=s,
-                P=P,
-                K=reach(s, P),
-                ROWS=rows,
-                **tiling(D),
-            )
+    y, mean, rstd = forward_outputs(x, weight, bias, grid, eps, keep_stats)
+    N, patches, D = x.shape
+    s, P = side(patches), grid
+    windows = N * P * P
+    if windows == 0:
+        return y, mean, rstd
+    # few windows: rather more programs than larger ones
+    rows = 2 if windows >= 8 * processors(x.device) else 1
+    with torch.cuda.device_of(x):
+        forward_kernel[triton.cdiv(windows, rows),](
+            x,
+            weight,
+            bias,
+            y,
+            mean if len(mean) else None,
+            rstd if len(mean) else None,
+            *x.stride(),
+            windows,
+            eps,
+            s=s,
+            P=P,
+            K=reach(s, P),
+            ROWS=rows,
+            **tiling(D),
+        )
     return y, mean, rstd
 
 
-@pool_forward.register_fake
-def _(x, weight, bias, grid, eps, stats):
-    N, tokens, D = x.shape
-    stats = stats and weight is not None
-    mean, rstd = (x.new_empty(N if stats else 0, tokens - 1, dtype=torch.float32) for _ in range(2))
-    return x.new_empty(N, grid * grid, D), mean, rstd
+def backward_outputs(dy, x, weight, mean, rstd, want_x, want_weight, want_bias):
+    """dx (N, s*s, D) in dy's dtype, dweight and dbias (D,) in fp32."""
+    N, _, D = dy.shape
+    dx = dy.new_empty(N if want_x else 0, mean.shape[1], D)
+    dw = dy.new_empty(D if want_weight else 0, dtype=torch.float32)
+    db = dy.new_empty(D if want_bias else 0, dtype=torch.float32)
+    return dx, dw, db
 
 
 @torch.library.custom_op("infmllm::pool_backward", mutates_args=())
@@ -256,90 +253,83 @@ def pool_backward(
     weight: Tensor | None,
     mean: Tensor,
     rstd: Tensor,
-    tokens: int,
     want_x: bool,
     want_weight: bool,
     want_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """dy (N, P*P, D) -> dx (N, 1+s*s, D), dweight and dbias (D,) in fp32; empty what is not wanted."""
-    (N, windows, D), s = dy.shape, side(tokens - 1)
-    P = side(windows)
+    wanted = (want_x, want_weight, want_bias)
+    dx, dw, db = backward_outputs(dy, x, weight, mean, rstd, *wanted)
+    N, windows, D = dy.shape
+    s, P = side(mean.shape[1]), side(windows)
     G = P if s % P == 0 else s  # where windows overlap, every patch has a gradient of its own
     rows = 2 if s // G % 2 == 0 else 1
-    shape, tiles = tiling(D), N * s * s // rows
-    programs = min(
-        tiles, processors(dy.device) * (16 // shape["num_warps"])
-    )  # all that 128 registers let in
-    dx = dy.new_empty(N if want_x else 0, tokens, D)
-    dw, db = (
-        dy.new_empty(programs, D if want else 0, dtype=torch.float32)
-        for want in (want_weight, want_bias)
-    )
-    if programs and D:
-        if not (weight is not None and (want_x or want_weight)):
-            x = mean = rstd = None
-        with torch.cuda.device_of(dy):
-            backward_kernel[programs,](
-                *pointers(dy, x, weight, mean, rstd),
-                *(
-                    t if want else None
-                    for t, want in ((dx, want_x), (dw, want_weight), (db, want_bias))
-                ),
-                *dy.stride(),
-                *(x.stride() if x is not None else (0, 0, 0)),
-                tiles,
-                s=s,
-                P=P,
-                G=G,
-                V=reach(P, s),
-                ROWS=rows,
-                maxnreg=128,
-                **shape,
-            )
+    tiles = N * s * s // rows
+    if tiles == 0:
+        return dx, dw.zero_(), db.zero_()
+    shape = tiling(D)
+    # as many as fit at once, with 128 registers a thread
+    programs = min(tiles, processors(dy.device) * (16 // shape["num_warps"]))
+    dw = dw.new_empty(programs, len(dw))
+    db = db.new_empty(programs, len(db))
+    if weight is None or not (want_x or want_weight):
+        x = mean = rstd = None
+    strides = (0, 0, 0) if x is None else x.stride()
+    with torch.cuda.device_of(dy):
+        backward_kernel[programs,](
+            dy,
+            x,
+            weight,
+            mean,
+            rstd,
+            dx if want_x else None,
+            dw if want_weight else None,
+            db if want_bias else None,
+            *dy.stride(),
+            *strides,
+            tiles,
+            s=s,
+            P=P,
+            G=G,
+            V=reach(P, s),
+            ROWS=rows,
+            maxnreg=128,
+            **shape,
+        )
     return dx, dw.sum(0), db.sum(0)
 
 
-@pool_backward.register_fake
-def _(dy, x, weight, mean, rstd, tokens, want_x, want_weight, want_bias):
-    N, _, D = dy.shape
-    dw, db = (
-        dy.new_empty(D if want else 0, dtype=torch.float32) for want in (want_weight, want_bias)
-    )
-    return dy.new_empty(N if want_x else 0, tokens, D), dw, db
-
-
-def keep(ctx, inputs, output):
-    x, weight, bias, _, _, stats = inputs
-    _, mean, rstd = output
-    ctx.tokens, ctx.norm, ctx.stats = x.shape[1], weight is not None, stats
-    ctx.dtypes = [None if t is None else t.dtype for t in (weight, bias)]
+def setup_context(ctx, inputs, output):
+    x, weight, bias, grid, eps, keep_stats = inputs
+    y, mean, rstd = output
+    assert keep_stats, "pool_forward(keep_stats=False) has no gradient; call pool"
     ctx.mark_non_differentiable(mean, rstd)
-    ctx.save_for_backward(
-        *((x, weight, mean, rstd) if ctx.norm else (mean, rstd))
-    )  # a plain mean needs no input
+    if weight is None:
+        x = None  # a plain mean is linear: its gradient needs no input
+    ctx.save_for_backward(x, weight, mean, rstd)
 
 
 def backward(ctx, dy, *_):
-    x, weight, mean, rstd = ctx.saved_tensors if ctx.norm else (None, None, *ctx.saved_tensors)
-    want = ctx.needs_input_grad[:3]
-    assert ctx.stats or not ctx.norm, "pool_forward(stats=False) has no gradient; call pool"
-    grads = pool_backward(dy, x, weight, mean, rstd, ctx.tokens, *want)
-    dtypes = (dy.dtype, *ctx.dtypes)
-    return *(g.to(t) if w else None for g, w, t in zip(grads, want, dtypes)), None, None, None
+    wanted = ctx.needs_input_grad[:3]
+    grads = pool_backward(dy, *ctx.saved_tensors, *wanted)
+    dx, dw, db = (grad if want else None for grad, want in zip(grads, wanted))
+    return dx, dw, db, None, None, None
 
 
-pool_forward.register_autograd(backward, setup_context=keep)
+pool_forward.register_fake(forward_outputs)
+pool_backward.register_fake(backward_outputs)
+pool_forward.register_autograd(backward, setup_context=setup_context)
 
 
-def pool(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, grid: int, eps: float = 1e-5
-) -> Tensor:
-    """(N, 1+s*s, D), CLS first, to (N, P*P, D) in x's dtype: LayerNorm (none if weight is None), then window means."""
+def pool(x, weight, bias, grid, eps=1e-5):
+    """(N, s*s, D) to (N, P*P, D) in x's dtype: LayerNorm (none if weight is None), then window means."""
+    assert x.is_cuda or INTERPRETED, (
+        "the pooling kernel needs CUDA tensors, or TRITON_INTERPRET=1 set before triton is imported"
+    )
     assert x.dtype in (torch.float32, torch.bfloat16, torch.float16), (
         f"the pooling kernel cannot compute in {x.dtype}"
     )
     assert bias is None or weight is not None, "a bias without a weight: LayerNorm or none"
-    grad = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (x, weight, bias)
-    )
-    return pool_forward(x, weight, bias, grid, eps, grad)[0]
+    inputs = [t for t in (x, weight, bias) if t is not None]
+    trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
+    y, _, _ = pool_forward(x, weight, bias, grid, eps, trains)
+    return y
