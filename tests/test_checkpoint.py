@@ -15,6 +15,7 @@ import weights
 import weights.checkpoint
 import weights.files
 import weights.llama
+from iaa import grow
 from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
 from support.errors import BadInput
 
@@ -76,6 +77,45 @@ def test_an_exported_language_model_gives_the_same_logits_in_transformers(change
         assert (theirs(tokens).logits - ours.head(ours(tokens))).abs().max() < 2e-5
     again = weights.llama.load_llama(tmp_path / "out")
     assert same(ours, again) and again.config == ours.config
+
+
+def to_format_1(folder):
+    """Rewrite a checkpoint as FORMAT 1 had it: the ViT's q, k, v as one matrix, a branch in the LLM's config."""
+    config = json.loads((folder / "config.json").read_text())
+    tensors = weights.files.load_tensors(folder / "model.safetensors")
+    for name in sorted(n for n in tensors if n.startswith("vit.") and n.endswith(".k.weight")):
+        block = name.removesuffix("k.weight")
+        qkv = [tensors.pop(f"{block}{part}.weight") for part in "qkv"]
+        tensors[f"{block}qkv.weight"] = torch.cat(qkv)
+        tensors[f"{block}q_bias"] = tensors.pop(f"{block}q.bias")
+        tensors[f"{block}v_bias"] = tensors.pop(f"{block}v.bias")
+    config["format"] = 1
+    del config["model"]["vit"]["prefix"]
+    if branch := config.pop("branch", None):
+        config["model"]["llm"]["branches"] = {branch["name"]: branch["after"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    weights.files.save_tensors(tensors, folder / "model.safetensors")
+    sums = {
+        n: weights.checkpoint.checksum(folder / n) for n in ("config.json", "model.safetensors")
+    }
+    (folder / "checksums.json").write_text(json.dumps(sums))
+
+
+def test_checkpoints_of_format_1_load_branches_too(tmp_path):
+    weights.save(tmp_path / "base", tiny())
+    to_format_1(tmp_path / "base")
+    base = weights.load(tmp_path / "base")
+    assert same(base, tiny())
+    assert weights.describe(tmp_path / "base") == (tiny().config, None)
+    assert weights.base_of(tmp_path / "base") is None
+    model = grow(base, "mm", [0])
+    init(model.branch, 3)
+    weights.save(tmp_path / "mm", model, base=tmp_path / "base")
+    to_format_1(tmp_path / "mm")
+    again = weights.load(tmp_path / "mm")
+    assert same(model, again) and again.branch.after == [0]
+    assert weights.describe(tmp_path / "mm") == (tiny().config, {"name": "mm", "after": [0]})
+    assert weights.base_of(tmp_path / "mm") == tmp_path / "base"
 
 
 class Killed(BaseException):
@@ -238,7 +278,7 @@ def test_a_config_of_a_billion_layers_and_the_like_is_refused_before_any_is_made
     oracle.folder(oracle.llama(), tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {key: value}))
-    monkeypatch.setattr(weights.checkpoint, "on_meta", None)
+    monkeypatch.setattr(weights.llama, "on_meta", None)
     with pytest.raises(BadInput, match="config.json"):
         weights.llama.load_llama(tmp_path)
 

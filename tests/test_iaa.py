@@ -12,7 +12,17 @@ import torch
 from PIL import Image
 from test_model import IMG, batch, pictures, rows, text
 from test_model import tiny as small
-from test_weights import CLIP_L_336, LLAMA2_7B, hf_config, shapes_of
+from test_plan import saved_numbers, settings
+from test_weights import (
+    CLIP_L_336,
+    LLAMA2_7B,
+    dropped,
+    hf_config,
+    places,
+    shapes_of,
+    theirs_of,
+    used,
+)
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionModel, LlamaForCausalLM
@@ -22,6 +32,7 @@ from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRot
 import sample
 import support.files
 import support.plan
+import support.start
 import tools.backbones
 import train
 import weights
@@ -30,17 +41,17 @@ import weights.files
 import weights.iaa
 import weights.llama
 import weights.rename
+from iaa import grow
 from model import (
-    BRANCHES,
     IGNORE,
-    Cache,
     Config,
     InfMLLM,
+    KVCache,
     LlamaConfig,
     ViTConfig,
     count,
     flops,
-    trains,
+    init,
 )
 from sample import generate_ids
 from support.errors import BadInput
@@ -70,20 +81,19 @@ def one_thread():
 
 def grown(inner=(0, 1), seed=0, **changed):
     """A base of two layers and its branch mm, all of whose weights have moved away from the base's."""
-    m, rng = small(seed, **changed).grow("mm", inner), torch.Generator().manual_seed(5)
+    m, rng = grow(small(seed, **changed), "mm", inner), torch.Generator().manual_seed(5)
     with torch.no_grad():
-        for p in m.llm.branches["mm"].parameters():
+        for p in m.branch.parameters():
             p.add_(torch.randn(p.shape, generator=rng) * 0.1)
     return m
 
 
 def deeper(m):
     """The same function as one plain model: the layers in the order in which the branch runs them."""
-    layers = [layer for layer, _ in m.llm.stack()]
-    c = m.config.llm
-    llm = LlamaConfig(c.vocab, c.width, len(layers), c.heads, c.kv_heads, c.mlp)
-    plain, branch = InfMLLM(Config(m.config.vit, llm, grid=m.config.grid)), m.llm.branches["mm"]
-    plain.vit, plain.adapter, plain.llm.layers = m.vit, branch.adapter, torch.nn.ModuleList(layers)
+    c, branch = m.config.llm, m.branch
+    llm = LlamaConfig(c.vocab, c.width, len(m.llm.layers), c.heads, c.kv_heads, c.mlp)
+    plain = InfMLLM(Config(m.config.vit, llm, grid=m.config.grid))
+    plain.vit, plain.adapter, plain.llm.layers = m.vit, branch.adapter, m.llm.layers
     plain.llm.embed, plain.llm.norm, plain.llm.lm_head = branch.embed, branch.norm, branch.lm_head
     return copy.deepcopy(plain)
 
@@ -94,29 +104,29 @@ def deeper(m):
 @torch.no_grad()
 @pytest.mark.parametrize("inner", [[0, 2], [3], [0, 1, 2, 3]])
 def test_a_branch_equals_a_composition_of_transformers_own_decoder_layers(inner):
-    config = TheirConfig(
+    theirs = TheirConfig(
         **oracle.LLAMA | dict(num_hidden_layers=4 + len(inner), num_key_value_heads=2)
     )
-    config._attn_implementation = "sdpa"
+    theirs._attn_implementation = "sdpa"
     base, own = (
-        oracle.randomise(LlamaForCausalLM(config), 0),
-        oracle.randomise(LlamaForCausalLM(config), 1),
+        oracle.randomise(LlamaForCausalLM(theirs), 0),
+        oracle.randomise(LlamaForCausalLM(theirs), 1),
     )
+    turn = LlamaRotaryEmbedding(theirs)
     names = {
         v.replace("layers.{}.", ""): k.replace("model.layers.{}.", "")
         for k, v in weights.llama.LLAMA.items()
         if v and "{}" in v
     }
-    ours = InfMLLM(
-        Config(ViTConfig(32, 8, 24, 1, 3, 40), LlamaConfig(96, 48, 4, 6, 2, 80), grid=2)
-    ).grow("mm", inner)
+    config = Config(ViTConfig(32, 8, 24, 1, 3, 40), LlamaConfig(96, 48, 4, 6, 2, 80), grid=2)
+    ours = grow(InfMLLM(config), "mm", inner)
 
     def take(ours, theirs):
         for name, p in ours.named_parameters():
             p.copy_(theirs.get_parameter(names[name]))
 
-    branch, llm = ours.llm.branches["mm"], ours.llm
-    for layer, theirs in zip(llm.layers, base.model.layers):
+    branch, llm = ours.branch, ours.llm
+    for layer, theirs in zip(ours.base.llm.layers, base.model.layers):
         take(layer, theirs)
     for layer, theirs in zip(branch.layers, own.model.layers):
         take(layer, theirs)
@@ -132,7 +142,7 @@ def test_a_branch_equals_a_composition_of_transformers_own_decoder_layers(inner)
         own.model.embed_tokens(tokens),
         torch.ones(40, 40, dtype=torch.bool).tril()[None, None],
     )
-    turn, follows = LlamaRotaryEmbedding(config)(x, place), iter(own.model.layers)
+    turn, follows = turn(x, place), iter(own.model.layers)
     for i in range(4):
         for layer in [base.model.layers[i]] + ([next(follows)] if i in inner else []):
             assert isinstance(layer, LlamaDecoderLayer)
@@ -147,11 +157,13 @@ def test_a_branch_equals_a_composition_of_transformers_own_decoder_layers(inner)
 def test_a_new_branch_computes_the_bases_function_to_the_bit(inner):
     m, tokens = small(), rows([1] + IMG + text(6), [1] + IMG + text(9, 2))
     want, alone = m(pictures(2), tokens), m.llm(rows(text(9)))
-    m.grow("mm", inner)
-    assert m.llm.inner == len(inner) and torch.equal(m(pictures(2), tokens), want)
-    assert not torch.equal(grown(inner)(pictures(2), tokens), want)
-    with m.using(None):
-        assert m.llm.inner == 0 and torch.equal(m.llm(rows(text(9))), alone)
+    branched = grow(m, "mm", inner)
+    assert len(branched.llm.layers) == 2 + len(inner)
+    assert torch.equal(branched(pictures(2), tokens), want)
+    moved = grown(inner)
+    assert not torch.equal(moved(pictures(2), tokens), want)
+    for model in (branched, moved):
+        assert torch.equal(model.text_model.llm(rows(text(9))), alone)
 
 
 @pytest.mark.parametrize("inner", [[0, 1], [0], [1]])
@@ -163,8 +175,8 @@ def test_a_branch_is_the_deeper_model_in_loss_gradients_recomputation_and_flops(
     for loss in losses:
         loss.backward()
     assert losses[0].item() == losses[1].item()
-    own, theirs = m.llm.branches["mm"], plain.llm
-    places = [n for n, (_, i) in enumerate(m.llm.stack()) if i >= 2]
+    own, theirs = m.branch, plain.llm
+    places = [n for n, layer in enumerate(m.llm.layers) if layer in list(own.layers)]
     pairs = [
         (own.embed, theirs.embed),
         (own.norm, theirs.norm),
@@ -175,9 +187,11 @@ def test_a_branch_is_the_deeper_model_in_loss_gradients_recomputation_and_flops(
     for ours, others in pairs:
         for p, q in zip(ours.parameters(), others.parameters()):
             assert torch.equal(p.grad, q.grad)
-    assert all((p.grad is not None) == n.startswith(BRANCHES) for n, p in m.named_parameters())
+    trained = set(own.parameters())
+    assert all((p.grad is not None) == (p in trained) for p in m.parameters())
     grads = [p.grad for p in own.parameters()]
-    m.zero_grad(), setattr(m.llm, "recompute", True)
+    m.zero_grad()
+    m.llm.recompute = True
     m(images, tokens, targets).backward()
     assert all(torch.equal(g, p.grad) for g, p in zip(grads, own.parameters()))
 
@@ -185,11 +199,13 @@ def test_a_branch_is_the_deeper_model_in_loss_gradients_recomputation_and_flops(
     targets = torch.full_like(tokens, IGNORE)
     targets[0, 8:14] = 7
     for stage, tune in ((1, "inner"), (2, "inner"), (1, "full"), (3, "qv"), (3, "none")):
-        m.use("mm" if tune == "inner" else None).freeze(stage, tune)
+        model = m if tune == "inner" else m.base
+        model.freeze(stage, tune)
         with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
-            m(pictures(1), tokens, targets).backward()
-        ours = sum(flops(m.config, 11, 6, stage, tune, m.llm.active).values())
-        ours += 3 * (2 + m.llm.inner) * 2 * 15 * 15 * 32 + 2 * 6 * 32 * 50  # as in test_model
+            model(pictures(1), tokens, targets).backward()
+        layers = len(model.llm.layers)
+        ours = sum(flops(m.config, 11, 6, stage, tune, layers - 2).values())
+        ours += 3 * layers * 2 * 15 * 15 * 32 + 2 * 6 * 32 * 50  # as in test_model
         assert counter.get_total_flops() == ours, (stage, tune)
 
 
@@ -198,10 +214,12 @@ def test_cache_and_padding_are_those_of_the_deeper_model():
     m = grown([1])
     llm, plain, lists = m.llm, deeper(m).llm, [text(5), text(12, 2), text(9, 3)]
     tokens, pad = rows(*lists, left=True), torch.tensor([7, 0, 3])
-    want = plain(tokens, pad=pad)
-    cache = Cache(llm.config, 3, 12, "cpu", torch.float32, llm.inner)
-    assert cache.kv.shape[0] == 3
-    got = torch.cat([llm(tokens[:, a:b], cache, pad) for a, b in ((0, 9), (9, 10), (10, 12))], 1)
+    want = plain(tokens, *sample.around_padding(pad[:, None], 0, 12))
+    cache, got = KVCache(12), []
+    for a, b in ((0, 9), (9, 10), (10, 12)):
+        got.append(llm(tokens[:, a:b], *sample.around_padding(pad[:, None], a, b - a), cache))
+    got = torch.cat(got, dim=1)
+    assert len(cache.layers) == 3
     for i, n in enumerate(pad):
         assert (got[i, n:] - want[i, n:]).abs().max() < 1e-5
 
@@ -220,10 +238,8 @@ def test_generation_in_a_branch_is_the_deeper_models_and_text_alone_is_the_bases
     )
     alone = [[1] + text(4), [1] + text(11, 2)]
     said = generate_ids(m, pictures(0), alone, max_new_tokens=9, **mode)
-    assert m.llm.active == "mm" and said == generate_ids(
-        small(), pictures(0), alone, max_new_tokens=9, **mode
-    )
-    with m.using("mm"), pytest.raises(AssertionError, match="two calls"):
+    assert said == generate_ids(small(), pictures(0), alone, max_new_tokens=9, **mode)
+    with pytest.raises(AssertionError, match="two calls"):
         generate_ids(m, images[:1], asked[:1] + alone, **mode)
 
 
@@ -231,19 +247,19 @@ def test_generation_in_a_branch_is_the_deeper_models_and_text_alone_is_the_bases
 def test_what_the_shipped_llm_reads_is_measured_and_a_branch_leaves_it_and_tuning_does_not():
     assets = tiny.ROOT / "assets/toy"
     m, tokenizer = weights.checkpoint.load(assets), Tokenizer(assets)
-    read = lambda: tools.backbones.reading(
-        m.llm, tokenizer, assets / "slots.safetensors", scenes=12
-    )
-    before = read()
-    assert before["loss"] < 0.4 and before["right"] > 0.9 and before["tokens"] > 500
-    for p in m.grow("mm", [0, 3]).llm.branches["mm"].parameters():
+
+    def read():
+        return tools.backbones.reading(m.llm, tokenizer, assets / "slots.safetensors", scenes=12)
+
+    loss, right = read()
+    assert loss < 0.4 and right > 0.9
+    for p in grow(m, "mm", [0, 3]).branch.parameters():
         p.mul_(1.5)
-    with m.using(None):
-        assert read() == before
-    for name, p in m.llm.named_parameters():
-        if trains(f"llm.{name}", 2):
+    assert read() == (loss, right)
+    for p in m.freeze(2).llm.parameters():
+        if p.requires_grad:
             p.mul_(1.5)
-    assert read()["loss"] > before["loss"] + 0.1
+    assert read()[0] > loss + 0.1
 
 
 # ---- what is saved and loaded ----------------------------------------------------------------------------------------
@@ -300,8 +316,9 @@ def digest(folder):
 def shown(m, tokenizer, image=None):
     """Logits of a text, and greedy answers to it and to three questions without and, with an image, one about it."""
     tokens = torch.tensor([[1] + tokenizer.encode("what colour is a circle?")])
-    with torch.no_grad(), m.using(None):
-        logits = m.llm.head(m.llm(tokens))
+    with torch.no_grad():
+        llm = m.text_model.llm
+        logits = llm.head(llm(tokens))
     return logits, sample.generate(
         m, tokenizer, [None] * 4, [f"say {n}" for n in "abcd"], max_new_tokens=12
     )
@@ -310,22 +327,16 @@ def shown(m, tokenizer, image=None):
 def test_text_alone_is_the_base_to_the_bit_whatever_branches_were_trained_and_loaded(here, world):
     tokenizer, base = Tokenizer(tiny.TOKENIZER), weights.checkpoint.load("start")
     logits, said = shown(base, tokenizer)
-    one, both = (
-        weights.checkpoint.load("mm"),
-        weights.checkpoint.add_branch(weights.checkpoint.load("mm"), "chat"),
-    )
-    assert (
-        one.llm.active == "mm"
-        and both.llm.active == "chat"
-        and set(both.llm.branches) == {"mm", "chat"}
-    )
+    mm = weights.checkpoint.load("mm")
+    chat = weights.checkpoint.add_branch(mm, "chat")
+    again = weights.checkpoint.add_branch(base, "mm")
+    assert [m.branch.name for m in (mm, chat, again)] == ["mm", "chat", "mm"]
+    assert chat.base is mm.base and again.base is base
     image = Image.new("RGB", (16, 16), (222, 40, 44))
-    seen = {}
-    for m, branch in ((one, "mm"), (both, "chat"), (both, "mm")):
-        m.use(branch)
+    ids, seen = torch.tensor([[1, *[-1] * 4, 5, 6]]), []
+    for m in (mm, chat, again):
         assert torch.equal(shown(m, tokenizer)[0], logits) and shown(m, tokenizer)[1] == said
-        ids = torch.tensor([[1, *[-1] * 4, 5, 6]])
-        seen.setdefault(m.llm.active, []).append(m(torch.zeros(1, 3, 16, 16), ids))
+        seen.append(m(torch.zeros(1, 3, 16, 16), ids))
         mixed = sample.generate(
             m,
             tokenizer,
@@ -334,10 +345,8 @@ def test_text_alone_is_the_base_to_the_bit_whatever_branches_were_trained_and_lo
             max_new_tokens=12,
         )
         assert mixed[::2] == said[:2]
-    assert torch.equal(seen["mm"][0], seen["mm"][1]) and not torch.equal(
-        seen["mm"][0], seen["chat"][0]
-    )
-    assert not torch.equal(seen["mm"][0], base(torch.zeros(1, 3, 16, 16), ids))
+    assert torch.equal(seen[0], seen[2]) and not torch.equal(seen[0], seen[1])
+    assert not torch.equal(seen[0], base(torch.zeros(1, 3, 16, 16), ids))
 
 
 def test_a_branch_trains_alone_and_its_checkpoint_holds_it_alone(here, world):
@@ -345,17 +354,15 @@ def test_a_branch_trains_alone_and_its_checkpoint_holds_it_alone(here, world):
         saved = weights.files.load_tensors(
             weights.checkpoint.find(world / folder) / "model.safetensors"
         )
-        m = weights.checkpoint.load("start").grow(branch, inner)
-        assert saved.keys() == {n for n, _ in m.named_parameters() if trains(n, 2, "inner", branch)}
-        assert saved.keys() == {
-            n for n, _ in m.named_parameters() if n.startswith(f"{BRANCHES}{branch}.")
-        }
-        for name, p in m.named_parameters():
-            if name in saved:
-                assert not torch.equal(saved[name], p), f"{name} has not moved"
-        assert all(
-            (saved[f"{BRANCHES}{branch}.layers.0.{x}.weight"] != 0).any() for x in ("o", "down")
-        )
+        fresh = grow(weights.checkpoint.load("start"), branch, inner).branch
+        assert saved.keys() == {f"llm.branches.{branch}.{n}" for n, _ in fresh.named_parameters()}
+        for name, p in fresh.named_parameters():
+            assert not torch.equal(saved[f"llm.branches.{branch}.{name}"], p), (
+                f"{name} has not moved"
+            )
+        for end in ("o", "down"):
+            assert (saved[f"llm.branches.{branch}.layers.0.{end}.weight"] != 0).any()
+        assert weights.describe(folder)[1] == {"name": branch, "after": inner}
     described = support.files.read_json(weights.checkpoint.find("mm") / "config.json")
     assert described["base"] == {
         "path": "../../start",
@@ -371,30 +378,23 @@ def test_a_branch_without_its_base_or_with_another_is_refused_in_a_sentence(here
         BadInput, match="is a branch of ../../start, seen from there.*--ckpt BASE --branch BRANCH"
     ):
         weights.checkpoint.load(here / "mm")
-    model, _ = sample.load_model(here / "moved", branch=str(here / "mm"))
-    assert (
-        model.llm.active == "mm"
-        and sample.load_model(here / "moved", branch="none")[0].llm.active is None
-    )
+    model, _ = support.start.load_model(here / "moved", branch=str(here / "mm"))
+    assert model.branch.name == "mm"
+    assert not hasattr(support.start.load_model(here / "moved", branch="none")[0], "branch")
     weights.checkpoint.save(here / "start", tiny.model(1), Tokenizer(tiny.TOKENIZER))
     with pytest.raises(BadInput, match="this model has other weights; take the base"):
         weights.checkpoint.load(here / "mm")
     with pytest.raises(BadInput, match="is a whole model and no branch"):
         weights.checkpoint.add_branch(model, "start")
-    with pytest.raises(BadInput, match="has a branch mm already"):
-        weights.checkpoint.add_branch(model, "mm")
     with pytest.raises(
         BadInput, match="--branch ground: is neither a folder nor a branch .* has mm"
     ):
-        sample.take_branch(model, "ground")
-    small_pictures = weights.checkpoint.load("start", image_size=8).grow("mm", [0])
-    small_pictures.config.llm.branches = {"other": [0]}
-    tensors = {
-        n.replace(".mm.", ".other."): p for n, p in small_pictures.named_parameters() if ".mm." in n
-    }
-    weights.checkpoint.save(here / "other", (small_pictures.config, tensors), base="start")
+        support.start.with_branch(model, "ground")
+    other = grow(weights.checkpoint.load(here / "moved", image_size=8), "other", [0])
+    weights.checkpoint.save(here / "other", other, base=here / "moved")
     with pytest.raises(BadInput, match="are .8, 2., those of the branch mm are .16, 2."):
         weights.checkpoint.add_branch(model, here / "other")
+    assert weights.checkpoint.load(here / "other").config.vit.image_size == 8
 
 
 def test_evaluation_asks_the_branch_about_pictures_and_the_base_about_the_rest(here, capsys):
@@ -495,7 +495,7 @@ def test_a_branch_goes_on_exactly_after_a_stop_and_into_the_next_stage(here, wor
     )
     described = support.files.read_json(weights.checkpoint.find(here / "next") / "config.json")
     assert described["base"]["weights"] == weights.checkpoint.fingerprint("start")
-    assert described["model"]["llm"]["branches"] == {"mm": [0, 1]}
+    assert described["branch"] == {"name": "mm", "after": [0, 1]}
     for argv, sentence in (
         (["--init", "mm"], "is a branch, mm; --tune inner trains it on"),
         (
@@ -520,9 +520,7 @@ def test_a_branch_goes_on_exactly_after_a_stop_and_into_the_next_stage(here, wor
 
 
 def test_a_base_that_is_pieced_together_is_written_beside_its_branch(here, world, capsys):
-    weights.llama.export_llama(
-        weights.checkpoint.load("mm").llm, here / "llm"
-    )  # the base's, without the branch
+    weights.llama.export_llama(weights.checkpoint.load("mm").base.llm, here / "llm")
     assert (
         run(
             "--stage",
@@ -548,14 +546,14 @@ def test_a_base_that_is_pieced_together_is_written_beside_its_branch(here, world
     m, base = weights.checkpoint.load(here / "o"), weights.checkpoint.load("start")
     assert all(
         torch.equal(p, q)
-        for p, q in zip(m.use(None).llm.layers.parameters(), base.llm.layers.parameters())
+        for p, q in zip(m.base.llm.layers.parameters(), base.llm.layers.parameters())
     )
     assert weights.checkpoint.load(here / "o/base").config == base.config
 
 
 def test_many_processes_train_a_branch_as_one_does(here, world):
     """Two ranks by DDP and sharded, with recomputation, against one: rows without an image among them."""
-    weights = {}
+    trained = {}
     for ranks, extra in ((1, ()), (2, ()), (2, ("--shard", "--recompute"))):
         out = here / f"{ranks}{len(extra)}"
         argv = [
@@ -587,10 +585,10 @@ def test_many_processes_train_a_branch_as_one_does(here, world):
                 here
             )[-3000:]
         saved = weights.files.load_tensors(weights.checkpoint.find(out) / "model.safetensors")
-        if weights:
-            assert saved.keys() == weights.keys()
-        weights = weights or saved
-        assert max((saved[n] - weights[n]).abs().max() for n in weights) < 1e-9
+        if trained:
+            assert saved.keys() == trained.keys()
+        trained = trained or saved
+        assert max((saved[n] - trained[n]).abs().max() for n in trained) < 1e-9
         assert next(iter(saved.values())).dtype == torch.float64
 
 
@@ -603,26 +601,21 @@ def test_a_plan_counts_a_branch_and_its_kept_bytes_are_autograds(capsys, monkeyp
         in said
     )
     assert "vit               0   986.98M" in said and "llm           3.10B     6.74B" in said
-    from test_plan import saved_bytes
-
-    s = {
-        "stage": 3,
-        "tune": "inner",
-        "branch": "mm",
-        "rows": 3,
-        "text": 40,
-        "answer": 8,
-        "dtype": "fp32",
-        "recompute": False,
-    }
+    s = settings(stage=3, tune="inner")
 
     def make(inner):
-        llm = LlamaConfig(128, 64, 6, 4, 2, 160, branches={"mm": inner})
-        return Config(ViTConfig(32, 4, 32, 1, 4, 96), llm, grid=4)
+        base = init(
+            InfMLLM(
+                Config(ViTConfig(32, 4, 32, 1, 4, 96), LlamaConfig(128, 64, 6, 4, 2, 160), grid=4)
+            )
+        )
+        return grow(base, "mm", inner).freeze(3)
 
     for few, many in (([0], [0, 1, 2, 3]), ([5], [0, 1, 4, 5])):
-        calculated = support.plan.kept(make(many), s) - support.plan.kept(make(few), s)
-        measured = saved_bytes(make(many), s) - saved_bytes(make(few), s)
+        calculated = support.plan.activations(make(many), s) - support.plan.activations(
+            make(few), s
+        )
+        measured = saved_numbers(make(many), s) - saved_numbers(make(few), s)
         assert calculated == pytest.approx(measured, rel=0.03), (few, many)
 
 
@@ -673,23 +666,19 @@ def iaa_published(head="condtion"):
 @pytest.mark.parametrize("head", ["condtion", "condition"])
 def test_every_tensor_of_the_released_iaa_finds_its_place(head):
     shapes = iaa_published(head)
-    ours = weights.iaa.iaa_model(LLAMA3_8B, "config.json")
-    assert ours.config.llm.branches == {
-        name: [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31] for name in ("mm", "grounding")
-    }
-    plan = weights.rename.moves(ours, shapes, weights.iaa.iaa(ours.config), "IAA")
-    dropped = {k for k, targets in plan if not any(targets)}
+    config = weights.iaa.iaa_config(LLAMA3_8B, "config.json")
+    ours = weights.rename.on_meta(weights.iaa.iaa_modules, config)
+    for name in ("mm", "grounding"):
+        assert ours[name].after == [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
+    plan = places(shapes, weights.iaa.iaa_table(config), ours)
     assert all(
         "encoder.layers.23." in k or "post_layernorm" in k or k.endswith("k_proj.bias")
-        for k in dropped
+        for k in dropped(plan)
     )
-    assert sum(torch.Size(shapes[k]).numel() for k in shapes.keys() - dropped) == count(ours)
-    where = {k: targets[0][0] for k, targets in plan if k not in dropped}
-    assert (
-        where["model.condition_layers_grounding.13.mlp.up_proj.weight"]
-        == f"{BRANCHES}grounding.layers.13.up.weight"
-    )
-    assert where["model.mm_projector_G.2.weight"] == f"{BRANCHES}grounding.adapter.fc2.weight"
+    assert used(plan, shapes) == count(ours)
+    (place,) = plan["model.condition_layers_grounding.13.mlp.up_proj.weight"]
+    assert place == "grounding.layers.13.up.weight"
+    assert plan["model.mm_projector_G.2.weight"] == ["grounding.adapter.fc2.weight"]
 
 
 def test_loading_the_released_iaa_says_what_prompting_it_needs_and_sample_refuses_it(
@@ -710,32 +699,31 @@ def test_loading_the_released_iaa_says_what_prompting_it_needs_and_sample_refuse
         rope_theta=5e5,
     )
     (tmp_path / "config.json").write_text(json.dumps(d))
-    m, rng = weights.iaa.iaa_model(d, "x"), torch.Generator().manual_seed(0)
-    state = {}
-    ours = {n: p.shape for n, p in m.named_parameters()}
-    for theirs, name in weights.iaa.iaa(m.config).items():
-        if name is None or theirs.startswith("lm_head_condition"):
-            continue
-        for n in range(3):
-            key, target = theirs.replace("{}", str(n)), name.replace("{}", str(n))
-            target, third, _ = target.partition("[")  # q, k and v are one matrix of ours
-            if target not in ours:
-                continue
-            length, *rest = ours[target]
-            state[key] = torch.randn(length // 3 if third else length, *rest, generator=rng)
+    config, rng = weights.iaa.iaa_config(d, "x"), torch.Generator().manual_seed(0)
+    modules = weights.iaa.iaa_modules(config)
+    ours, state = dict(modules.named_parameters()), {}
+    for key, (name,) in theirs_of(weights.iaa.iaa_table(config), modules).items():
+        if not key.startswith("lm_head_condition"):
+            state[key] = torch.randn(ours[name].shape, generator=rng)
     torch.save(state, tmp_path / "pytorch_model.bin")
     m = weights.iaa.load_iaa(tmp_path)
     assert "LLaMA-3's tokenizer, which this program does not read" in capsys.readouterr().err
     assert torch.equal(
-        m.llm.branches["grounding"].layers[1].up.weight,
+        m["grounding"].branch.layers[1].up.weight,
         state["model.condition_layers_grounding.1.mlp.up_proj.weight"],
     )
-    assert torch.equal(m.llm.branches["mm"].adapter.fc2.bias, state["model.mm_projector.2.bias"])
+    assert torch.equal(m["mm"].adapter.fc2.bias, state["model.mm_projector.2.bias"])
+    assert m["mm"].base is m["grounding"].base
+    weights.save(tmp_path / "ours/base", m["mm"].base)
+    for name, model in m.items():
+        weights.save(tmp_path / "ours" / name, model, base=tmp_path / "ours/base")
+        again = weights.load(tmp_path / "ours" / name)
+        assert all(torch.equal(again.get_parameter(n), p) for n, p in model.named_parameters())
     with torch.no_grad():
         said = [
-            m.use(name)(torch.zeros(1, 3, 28, 28), torch.tensor([[1] + [-1] * 4 + [5]]))
-            for name in m.llm.branches
+            model(torch.zeros(1, 3, 28, 28), torch.tensor([[1] + [-1] * 4 + [5]]))
+            for model in m.values()
         ]
     assert not torch.equal(*said)
     with pytest.raises(BadInput, match="LLaMA-3's tokenizer"):
-        sample.load_model(tmp_path)
+        support.start.load_model(tmp_path)

@@ -121,16 +121,34 @@ def llama_published(config):
     return shapes | {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": (64,) for i in layers}
 
 
+def places(shapes, table, model):
+    """{their key: our names}, where every key is known, every tensor of ours filled, and every shape right."""
+    matched = weights.rename.match(shapes, table)
+    assert not list(weights.rename.faults(matched, shapes, dict(model.named_parameters())))
+    return matched
+
+
+def dropped(plan):
+    return {key for key, names in plan.items() if not any(names)}
+
+
+def used(plan, shapes):
+    """How many numbers go into our model: a fused bias may hold some that do not."""
+    total = 0
+    for key, names in plan.items():
+        kept = sum(name is not None for name in names)
+        total += torch.Size(shapes[key]).numel() * kept // len(names)
+    return total
+
+
 @pytest.mark.parametrize("config", [LLAMA2_7B, TINYLLAMA])
 def test_every_tensor_of_the_real_llamas_finds_its_place(config):
     ours = weights.rename.on_meta(Llama, c := weights.llama.llama_config(config, "config"))
     shapes = llama_published(config)
-    plan = weights.rename.moves(ours, shapes, weights.llama.llama(c), "LLaMA")
+    plan = places(shapes, weights.llama.llama_table(c), ours)
     assert len(plan) == len(shapes)
-    used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
-    assert used == count(ours) and {k for k, t in plan if not any(t)} == {
-        k for k in shapes if "inv_freq" in k
-    }
+    assert used(plan, shapes) == count(ours)
+    assert dropped(plan) == {k for k in shapes if "inv_freq" in k}
 
 
 def test_every_tensor_of_clip_finds_its_place_with_and_without_its_text_half():
@@ -143,15 +161,10 @@ def test_every_tensor_of_clip_finds_its_place_with_and_without_its_text_half():
     }
     alone = shapes_of(lambda: CLIPVisionModel(hf_config(oracle.CLIPVisionConfig, CLIP_L_336)))
     ours = weights.rename.on_meta(ViT, c := weights.clip.clip_config(CLIP_L_336, "config"))
-    table = (
-        weights.rename.prefixed(weights.clip.clip(c), "vision_model.")
-        | weights.clip.clip(c)
-        | weights.clip.CLIP_TEXT
-    )
+    table = weights.clip.clip_table(c)
     for shapes in (whole, alone, {"vision_model." + k: s for k, s in alone.items()}):
-        plan = weights.rename.moves(ours, shapes, table, "CLIP")
-        used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
-        assert used == count(ours) == count(InfMLLM_on_meta("llava-7b").vit)
+        plan = places(shapes, table, ours)
+        assert used(plan, shapes) == count(ours) == count(InfMLLM_on_meta("llava-7b").vit)
 
 
 def InfMLLM_on_meta(preset):
@@ -182,15 +195,12 @@ def test_every_tensor_of_llava_finds_its_place(prefix):
         ln_vision=False,
     )
     ours = weights.rename.on_meta(InfMLLM, c)
-    plan = weights.rename.moves(ours, shapes, weights.llava.llava(c), "LLaVA")
-    sizes = {k: torch.Size(s).numel() for k, s in shapes.items()}
-    dropped = {k for k, targets in plan if not any(targets)}
-    used = sum(sizes.values()) - sum(sizes[k] for k in dropped)
+    plan = places(shapes, weights.llava.llava_table(c), ours)
     assert all(
         "encoder.layers.23." in k or "post_layernorm" in k or k.endswith("k_proj.bias")
-        for k in dropped
+        for k in dropped(plan)
     )
-    assert used == count(ours) == count(InfMLLM_on_meta("llava-7b"))
+    assert used(plan, shapes) == count(ours) == count(InfMLLM_on_meta("llava-7b"))
 
 
 def test_every_tensor_of_eva_g_and_of_the_released_infmllm_finds_its_place():
@@ -201,10 +211,9 @@ def test_every_tensor_of_eva_g_and_of_the_released_infmllm_finds_its_place():
         "head.bias": (1000,),
     }
     ours = weights.rename.on_meta(ViT, c := ViTConfig(224, **EVA_G))
-    plan = weights.rename.moves(ours, shapes, weights.eva.eva(c), "EVA")
-    dropped = {k for k, targets in plan if not any(targets)}
-    assert dropped == {k for k in shapes if k.startswith(("blocks.39.", "norm.", "head."))}
-    assert sum(torch.Size(shapes[k]).numel() for k in shapes if k not in dropped) == count(ours)
+    plan = places(shapes, weights.eva.eva_table(c), ours)
+    assert dropped(plan) == {k for k in shapes if k.startswith(("blocks.39.", "norm.", "head."))}
+    assert used(plan, shapes) == count(ours)
 
     shapes = (
         {"visual_encoder." + k: s for k, s in eva_g(39, 32).items()}
@@ -219,11 +228,9 @@ def test_every_tensor_of_eva_g_and_of_the_released_infmllm_finds_its_place():
         }
     )
     ours = InfMLLM_on_meta("infmllm-7b")
-    plan = weights.rename.moves(ours, shapes, weights.infmllm.infmllm(ours.config), "InfMLLM_7B")
-    used = sum(torch.Size(shapes[k]).numel() for k, targets in plan if any(targets))
-    assert used == count(ours) and {k for k, t in plan if not any(t)} == {
-        k for k in shapes if "inv_freq" in k
-    }
+    plan = places(shapes, weights.infmllm.infmllm_table(ours.config), ours)
+    assert used(plan, shapes) == count(ours)
+    assert dropped(plan) == {k for k in shapes if "inv_freq" in k}
 
 
 def test_the_presets_count_what_the_oracles_count():
@@ -250,16 +257,27 @@ def test_the_presets_count_what_the_oracles_count():
 TINY = dict(vit=ViTConfig(64, 8, 24, 2, 3, 40), llm=OurLlamaConfig(40, 32, 2, 4, 2, 48), grid=4)
 
 
+def theirs_of(table, model):
+    """{their key: our names for its blocks of rows}: a table's lines, written out for a model."""
+    keys, ours = {}, dict(model.named_parameters())
+    for theirs, names in table.items():
+        names = names if isinstance(names, tuple) else (names,)
+        for number in range(40):
+            for leaf in ("weight", "bias"):
+                values = (number, leaf) if "{}." in theirs else (leaf,)
+                filled = [name and name.format(*values) for name in names]
+                if any(name in ours for name in filled):
+                    keys[theirs.format(*values)] = filled
+    return keys
+
+
 def released(model):
     """A state dict under the names of the released file, values from our model."""
-    table = weights.infmllm.infmllm(model.config)
-    ours, state = dict(model.named_parameters()), {}
-    for theirs, name in table.items():
-        for i in range(model.config.vit.layers) if name and "{}" in name else [0]:
-            if name is not None:
-                state[theirs.replace("{}", str(i))] = (
-                    ours[name.replace("{}", str(i))].detach().clone()
-                )
+    table, ours = weights.infmllm.infmllm_table(model.config), dict(model.named_parameters())
+    state = {
+        key: torch.cat([ours[name].detach() for name in names])
+        for key, names in theirs_of(table, model).items()
+    }
     state["visual_encoder.cls_token"] = state["visual_encoder.cls_token"][None, None]
     state["visual_encoder.pos_embed"] = state["visual_encoder.pos_embed"][None]
     return state

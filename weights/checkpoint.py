@@ -1,4 +1,11 @@
-"""Our own checkpoint directory."""
+"""Our own checkpoint directory.
+
+config.json         format, model (the Config), training, and of a branch: branch (its name and layers) and base
+model.safetensors   the tensors under our names; of a branch its own alone, as llm.branches.<name>.<ours>
+tokenizer.model     the tokenizer's own file
+optimizer.safetensors, state.json      where the run can be resumed
+checksums.json      size and checksum of each of these
+"""
 
 import json
 import os
@@ -6,94 +13,107 @@ import shutil
 import zlib
 from pathlib import Path
 
-from torch import nn
-
-from model import BRANCHES, Config, InfMLLM
+from iaa import Branch, BranchedInfMLLM, compose
+from model import Config, InfMLLM
 from support.errors import BadInput
 from support.files import read_json
-from weights.configs import from_a_stranger
-from weights.files import save_tensors, weight_files
+from weights.configs import checked, understood
+from weights.files import save_tensors
 from weights.rename import fill, on_meta
 
-FORMAT = 1
+FORMAT = 2
+BRANCHES = "llm.branches."
+OLD_NAMES = {  # of FORMAT 1
+    "vit.blocks.{}.qkv.weight": tuple(f"vit.blocks.{{}}.{part}.weight" for part in "qkv"),
+    "vit.blocks.{}.q_bias": "vit.blocks.{}.q.bias",
+    "vit.blocks.{}.v_bias": "vit.blocks.{}.v.bias",
+}
 
 
 def save(path, model, tokenizer=None, training=None, optimizer=None, state=None, base=None):
     """Write a checkpoint directory beside `path` and rename it into place: a reader sees the old one or the new one.
 
-    model: an InfMLLM, or (Config, {name: tensor}) gathered by a sharded run. training: what config.json tells of how
-    it was trained. optimizer: {name: tensor}; state: what JSON can hold; both only where the run is to be resumed.
-    base: the checkpoint that these tensors, a branch's, are added to.
+    model: an InfMLLM, or (InfMLLM, {name: tensor}) as gathered by a sharded run. training: what config.json tells of
+    how it was trained. optimizer: {name: tensor}; state: what JSON can hold; both only where the run is to be resumed.
+    base: the checkpoint that a branch was added to.
     """
     path = Path(path)
-    config, tensors = (
-        (model.config, dict(model.named_parameters())) if isinstance(model, nn.Module) else model
-    )
-    mend(path)
-    new = path.with_name(path.name + ".new")
-    if new.exists():
-        shutil.rmtree(new)
-    new.mkdir(parents=True)
-    described = {"format": FORMAT, "model": config.to_dict(), "training": training or {}}
-    if base:
+    if isinstance(model, tuple):
+        model, tensors = model
+    else:
+        tensors = dict(model.named_parameters())
+    described = {"format": FORMAT, "model": model.config.to_dict(), "training": training or {}}
+    if isinstance(model, BranchedInfMLLM):
+        branch = model.branch
+        described["branch"] = {"name": branch.name, "after": branch.after}
         described["base"] = {"path": os.path.relpath(base, path), "weights": fingerprint(base)}
-    (new / "config.json").write_text(json.dumps(described, indent=2))
+        tensors = {ours: tensors[name] for name, ours in names_in_branch(model).items()}
+    mend(path)
+    old = Path(f"{path}.old")
+    new = Path(f"{path}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    write_json(new / "config.json", described)
     save_tensors(tensors, new / "model.safetensors")
     if tokenizer is not None:
         (new / "tokenizer.model").write_bytes(tokenizer.bytes)
     if optimizer is not None:
         save_tensors(optimizer, new / "optimizer.safetensors")
     if state is not None:
-        (new / "state.json").write_text(json.dumps(state, indent=2))
-    sums = {f.name: [f.stat().st_size, checksum(f)] for f in sorted(new.iterdir())}
-    (new / "checksums.json").write_text(json.dumps(sums, indent=2))
-    for f in [*new.iterdir(), new]:
-        sync(f)
+        write_json(new / "state.json", state)
+    sums = {file.name: checksum(file) for file in sorted(new.iterdir())}
+    write_json(new / "checksums.json", sums)
+    for file in (*new.iterdir(), new):
+        sync(file)
     if path.exists():
-        path.rename(path.with_name(path.name + ".old"))
+        path.rename(old)
     new.rename(path)
     sync(path.parent)
-    shutil.rmtree(path.with_name(path.name + ".old"), ignore_errors=True)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def names_in_branch(model):
+    """{name of a parameter in the composed model: its name on disk} of what is the branch's own."""
+    branch = model.branch
+    own = {p: f"{BRANCHES}{branch.name}.{name}" for name, p in branch.named_parameters()}
+    return {name: own[p] for name, p in model.named_parameters() if p in own}
 
 
 def mend(path):
     """Undo what an interrupted save left: the old checkpoint, set aside for a moment, comes back."""
-    old = path.with_name(path.name + ".old")
-    if not old.exists():
-        return
+    old = Path(f"{path}.old")
     if path.exists():
-        shutil.rmtree(old)
-    else:
+        shutil.rmtree(old, ignore_errors=True)
+    elif old.exists():
         old.rename(path)
 
 
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2))
+
+
 def checksum(path):
+    """[size, CRC-32]"""
     total = 0
     with open(path, "rb") as f:
         while block := f.read(2**22):
             total = zlib.crc32(block, total)
-    return total
+    return [path.stat().st_size, total]
 
 
 def sync(path):
     handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    os.fsync(handle)
+    os.close(handle)
 
 
 def find(path):
     """The directory that a name stands for: itself, the one set aside by an interrupted save, or its newest step-*."""
     path = Path(path)
-    for candidate in (path, path.with_name(path.name + ".old")):
-        if (candidate / "config.json").is_file():
-            return candidate
-    steps = [
-        p for p in path.glob("step-*") if p.name[5:].isdigit() and (p / "config.json").is_file()
-    ]
-    if steps:
-        return max(steps, key=lambda p: int(p.name[5:]))
+    steps = sorted(p for p in path.glob("step-*") if p.name[5:].isdigit())
+    for folder in (path, Path(f"{path}.old"), *reversed(steps)):
+        if (folder / "config.json").is_file():
+            return folder
     raise BadInput(
         f"{path}: no checkpoint here (no config.json, no step-*); python train.py --stage 1 makes one"
     )
@@ -102,60 +122,17 @@ def find(path):
 def verify(path, *names):
     """Sizes and checksums as they were when it was written: of every file, or of those named."""
     sums = read_json(path / "checksums.json")
-    for name in names or ("config.json", "model.safetensors"):
+    for name in names or {"config.json", "model.safetensors", *sums}:
         if name not in sums:
             raise BadInput(
                 f"{path / 'checksums.json'}: does not list {name}; take another checkpoint"
             )
-    for name, entry in sums.items():
-        if names and name not in names:
-            continue
         file = path / name
-        if (
-            Path(name).name != name
-            or not os.path.isfile(file)
-            or [file.stat().st_size, checksum(file)] != entry
-        ):
+        inside = Path(name).name == name and os.path.isfile(file)
+        if not inside or checksum(file) != sums[name]:
             raise BadInput(
                 f"{file}: is not what was written (its size or checksum differs); take another checkpoint"
             )
-
-
-def fingerprint(path):
-    """Size and checksum of a checkpoint's weights, as they were written."""
-    return read_json(Path(path) / "checksums.json")["model.safetensors"]
-
-
-def description(path):
-    """(config.json, the Config in it) of a checkpoint directory whose files are whole."""
-    verify(path)
-    described = read_json(path / "config.json")
-    if described.get("format") != FORMAT:
-        raise BadInput(
-            f"{path / 'config.json'}: format {described.get('format')!r}, and this program reads {FORMAT}; "
-            "use the version that wrote it"
-        )
-    return described, our_config(described, path)
-
-
-@from_a_stranger
-def our_config(d, what):
-    return Config(**d["model"])
-
-
-def load(path, image_size=None, dtype=None):
-    """The model of a checkpoint directory, in the dtypes that were saved unless one is asked for. A branch comes on its
-    base, which lies where its checkpoint says, and is the one in use."""
-    path = find(path)
-    described, config = description(path)
-    if "base" in described:
-        model = add_branch(load(base_of(path, described), dtype=dtype), path, dtype)
-    else:
-        model = on_meta(InfMLLM, config)
-        table = {name: name for name, _ in model.named_parameters()}
-        model = fill(model, weight_files(path / "model.safetensors"), table, path, dtype)
-        model.fingerprint = fingerprint(path)
-    return model.resize(image_size) if image_size else model
 
 
 def read_checked(path, name):
@@ -164,48 +141,89 @@ def read_checked(path, name):
     return read_json(path / name)
 
 
-def base_of(path, described):
-    """The directory of a branch's base."""
+def fingerprint(path):
+    """Size and checksum of a checkpoint's weights, as they were written."""
+    return read_json(Path(path) / "checksums.json")["model.safetensors"]
+
+
+def describe(path):
+    """(Config, branch) of a checkpoint whose files are whole; branch: {"name", "after"}, None for a whole model."""
+    path = find(path)
+    verify(path)
+    described = read_json(path / "config.json")
+    if described.get("format") not in (1, FORMAT):
+        raise BadInput(
+            f"{path / 'config.json'}: format {described.get('format')!r}, and this program reads {FORMAT}; "
+            "use the version that wrote it"
+        )
+    with understood(path):
+        model = described["model"]
+        branch = described.get("branch")
+        for name, after in model["llm"].pop("branches", {}).items():  # where FORMAT 1 has it
+            branch = {"name": name, "after": after}
+        return checked(Config(**model)), branch
+
+
+def load(path, image_size=None, dtype=None):
+    """The model of a checkpoint directory, in the dtypes that were saved unless one is asked for.
+
+    A branch comes on its base, which lies where its checkpoint says."""
+    path = find(path)
+    base = base_of(path)
+    if base:
+        model = add_branch(load(base, dtype=dtype), path, dtype)
+    else:
+        config, _ = describe(path)
+        model = on_meta(InfMLLM, config)
+        fill(model, path / "model.safetensors", OLD_NAMES | {"*": "{}"}, dtype)
+        model.fingerprint = fingerprint(path)
+    if image_size:
+        model.resize(image_size)
+    return model
+
+
+def base_of(path):
+    """The directory of a branch's base; None for a whole model."""
+    path = find(path)
+    named = read_checked(path, "config.json").get("base")
+    if named is None:
+        return None
     try:
-        base = find(os.path.normpath(path / described["base"]["path"]))
+        return find(os.path.normpath(path / named["path"]))
     except BadInput:
         raise BadInput(
-            f"{path}: is a branch of {described['base']['path']}, seen from there, where there is nothing; "
+            f"{path}: is a branch of {named['path']}, seen from there, where there is nothing; "
             "bring it back, or say where it is with --ckpt BASE --branch BRANCH"
         ) from None
-    if "base" in read_checked(base, "config.json"):
-        raise BadInput(f"{path}: its base is a branch itself; take another")
-    return base
 
 
 def add_branch(model, path, dtype=None):
-    """Put the branch that is saved at `path` on its base and take it; a base may have several."""
+    """The model's base composed with the branch that is saved at `path`."""
     path = find(path)
-    described, config = description(path)
-    if "base" not in described:
+    config, described = describe(path)
+    if described is None:
         raise BadInput(f"{path}: is a whole model and no branch; name it with --ckpt")
-    if described["base"]["weights"] != getattr(model, "fingerprint", None):
+    base = model.text_model
+    named = read_checked(path, "config.json")["base"]
+    if named["weights"] != getattr(base, "fingerprint", None):
         raise BadInput(
-            f"{path}: is a branch of {described['base']['path']}, seen from there, and this model has other "
+            f"{path}: is a branch of {named['path']}, seen from there, and this model has other "
             "weights; take the base that it was trained on"
         )
-    ((name, inner),) = config.llm.branches.items()
-    c, names = model.config, model.llm.branches
-    if name in names:
-        raise BadInput(
-            f"{path}: the model has a branch {name} already; use them in calls of their own"
-        )
-    if not names:
-        c.grid = config.grid
-        model.resize(config.vit.image_size)
-    theirs, ours = ((x.vit.image_size, x.grid) for x in (config, c))
-    if theirs != ours:
+    theirs = (config.vit.image_size, config.grid)
+    ours = (model.config.vit.image_size, model.config.grid)
+    if model is not base and theirs != ours:
         raise BadInput(
             f"{path}: its pixels per side and visual tokens per side are {theirs}, those of the branch "
-            f"{', '.join(names)} are {ours}; use them in calls of their own"
+            f"{model.branch.name} are {ours}; use them in calls of their own"
         )
-    branch = on_meta(InfMLLM, config).llm.branches[name]
-    table = {f"{BRANCHES}{name}.{n}": n for n, _ in branch.named_parameters()}
-    c.llm.branches[name] = inner
-    names[name] = fill(branch, weight_files(path / "model.safetensors"), table, path, dtype)
-    return model.use(name)
+    with understood(path):
+        branch = on_meta(new_branch, config, described["name"], described["after"])
+    table = {f"{BRANCHES}{branch.name}.*": "{}"}
+    fill(branch, path / "model.safetensors", table, dtype)
+    return compose(base.resize(*theirs), branch)
+
+
+def new_branch(config, name, after):
+    """On the meta device the model around the adapter costs nothing."""
+    return Branch(config.llm, name, after, InfMLLM(config).adapter)

@@ -1,56 +1,61 @@
-"""Configs from a stranger's config.json."""
+"""Configs out of a config.json that anybody may have written."""
 
-import functools
+from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
+from pathlib import Path
 
 from model import LlamaConfig, frequencies
 from support.errors import BadInput
+from support.files import read_json
+
+LIMITS = {"layers": 1000, "vocab": 2**24}  # of a config; its other whole numbers end at a million
 
 
-def from_a_stranger(make):
-    """The Config that make(d, what) finds in a config.json, or a sentence, whatever has been written there."""
-
-    @functools.wraps(make)
-    def checked(d, what):
-        try:
-            return sane(make(d, what))
-        except BadInput:
-            raise
-        except (
-            TypeError,
-            ValueError,
-            KeyError,
-            AttributeError,
-            ArithmeticError,
-            AssertionError,
-        ) as e:
-            why = f"{type(e).__name__}: {str(e)[:100]}"
-            raise BadInput(
-                f"{what}: its config.json describes no model known here ({why}); take another"
-            ) from None
-
-    return checked
+def read_config(path, make):
+    """The Config that make(d, path) finds in the config.json of a folder."""
+    d = read_json(Path(path) / "config.json")
+    with understood(path):
+        return checked(make(d, path))
 
 
-LIMITS = {"layers": 1000, "vocab": 2**24}  # of a config; its other numbers end at a million
+@contextmanager
+def understood(path):
+    """One sentence for whatever goes wrong with the values of a config.json."""
+    try:
+        yield
+    except BadInput:
+        raise
+    except Exception as e:  # whatever a reader stumbles over in a stranger's values
+        why = f"{type(e).__name__}: {str(e)[:100]}"
+        raise BadInput(
+            f"{path}: its config.json describes no model known here ({why}); take another"
+        ) from None
 
 
-def sane(config):
-    """Numbers of the right kind, and such that nobody runs out of memory in building the model without its weights."""
-    for f in fields(config):
-        value = getattr(config, f.name)
+def checked(config):
+    """Fields of their types, and so large at most that building on the meta device stays cheap."""
+    for field in fields(config):
+        value = getattr(config, field.name)
+        wrong = f"{field.name} is {str(value)[:50]}"
         if is_dataclass(value):
-            sane(value)
-            continue
-        right = (int, float) if f.type is float else f.type
-        wrong = f"{f.name} is {str(value)[:50]}"
-        assert isinstance(value, right) and (f.type is bool or not isinstance(value, bool)), wrong
-        if f.type is int:
-            assert 1 <= value <= LIMITS.get(f.name, 2**20), wrong
-        if f.type is float:
-            assert 0 < value < 1e12, wrong
+            checked(value)
+        elif field.type is int:
+            assert type(value) is int and 1 <= value <= LIMITS.get(field.name, 2**20), wrong
+        elif field.type is float:
+            assert type(value) in (int, float) and 0 < value < 1e12, wrong
+        else:
+            assert isinstance(value, field.type), wrong
     if isinstance(config, LlamaConfig):
         assert config.width // config.heads % 2 == 0, "half a pair to rotate"
-        assert sum(map(len, config.branches.values())) <= LIMITS["layers"], "too many inner layers"
         assert frequencies(config, "cpu").isfinite().all(), f"rope {str(config.rope)[:80]}"
     return config
+
+
+def renamed(d, names):
+    """{our name: value} of what a config.json says; names: theirs -> ours."""
+    return {ours: d[theirs] for theirs, ours in names.items() if d.get(theirs) is not None}
+
+
+def unlike(d, expected):
+    """What a config.json asks for that is built here otherwise."""
+    return [f"{key}={d[key]!r}" for key, only in expected.items() if d.get(key) not in (None, only)]

@@ -1,92 +1,65 @@
-"""Names of one family and ours."""
+"""IAA as it was released: LLaMA-3, LLaVA's tower and two branches (iaa.py)."""
 
 import sys
-from pathlib import Path
 
 import torch
+from torch import nn
 
-from model import BRANCHES, CLIP_L, Config, InfMLLM, ViTConfig
-from support.errors import BadInput
-from support.files import read_json
-from weights.clip import clip
-from weights.files import weight_files
-from weights.llama import LLAMA, llama, llama_config
+from iaa import compose
+from model import CLIP_L, Config, InfMLLM, ViTConfig
+from weights.checkpoint import new_branch
+from weights.clip import tower_table
+from weights.configs import read_config, understood
+from weights.llama import LLAMA, llama_config, llama_table
 from weights.rename import fill, on_meta, prefixed
 
-IAA = {
-    "mm": "",
-    "grounding": "_grounding",
-}  # our branches, and how their names end in the released file ...
-
-IAA_INNER = [
-    0,
-    1,
-    5,
-    6,
-    10,
-    11,
-    15,
-    16,
-    20,
-    21,
-    25,
-    26,
-    30,
-    31,
-]  # ... whose layers run after these of 32
-
+# the layers of the base that a layer of a branch follows
+IAA_INNER = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
+ENDINGS = {"mm": ("", ""), "grounding": ("_grounding", "_G")}  # of names in the released file
 LLAMA_3 = "the released IAA is prompted with LLaMA-3's tokenizer, which this program does not read"
 
 
-def iaa(c):
-    """The released IAA: LLaMA-3's names, LLaVA's for its tower, and two branches."""
-    table = prefixed(llama(c.llm), "", "llm.") | prefixed(
-        clip(c.vit), "model.vision_tower.vision_tower.vision_model.", "vit."
-    )
-    layer = {
-        k.removeprefix("model.layers.{}."): v and v.removeprefix("layers.{}.")
-        for k, v in LLAMA.items()
-        if k.startswith("model.layers.")
-    }
-    for name, end in IAA.items():
-        ours = f"{BRANCHES}{name}."
-        table |= prefixed(layer, f"model.condition_layers{end}.{{}}.", ours + "layers.{}.")
-        table |= {
-            f"model.embed_tokens_condition{end}.weight": ours + "embed.weight",
-            f"model.norm_condition{end}.weight": ours + "norm.weight",
+def iaa_table(c):
+    vit = prefixed(tower_table(c.vit), "model.vision_tower.vision_tower.vision_model.", "base.vit.")
+    table = vit | prefixed(llama_table(c.llm), "", "base.llm.")
+    layers = {theirs: ours for theirs, ours in LLAMA.items() if ".layers." in theirs}
+    for name, (end, projector) in ENDINGS.items():
+        inner = f".condition_layers{end}."
+        branch = {key.replace(".layers.", inner): ours for key, ours in layers.items()}
+        branch |= {
+            f"model.embed_tokens_condition{end}.weight": "embed.weight",
+            f"model.norm_condition{end}.weight": "norm.weight",
+            f"lm_head_condtion{end}.weight": "lm_head.weight",  # as the released code spells it
+            f"lm_head_condition{end}.weight": "lm_head.weight",
+            f"model.mm_projector{projector}.0.{{}}": "adapter.fc1.{}",
+            f"model.mm_projector{projector}.2.{{}}": "adapter.fc2.{}",
         }
-        for head in ("condtion", "condition"):  # the first is how the released code spells it
-            table[f"lm_head_{head}{end}.weight"] = ours + "lm_head.weight"
-        # the text path has no projector: ours of the base is that of mm, one module under two names
-        ours, theirs = (
-            ("adapter.", "mm_projector") if name == "mm" else (ours + "adapter.", "mm_projector_G")
-        )
-        table |= {
-            f"model.{theirs}.{2 * i - 2}.{leaf}": f"{ours}fc{i}.{leaf}"
-            for i in (1, 2)
-            for leaf in ("weight", "bias")
-        }
+        table |= prefixed(branch, "", f"{name}.")
     return table
 
 
-def iaa_model(d, path):
-    """The released IAA without its weights; the places that it adds layers to are not in its config.json."""
-    llm = llama_config(d | {"model_type": "llama"}, path)
-    if llm.layers <= IAA_INNER[-1]:
-        raise BadInput(
-            f"{path}: has {llm.layers} layers, and IAA's own follow {IAA_INNER}; take the released folder"
-        )
-    llm.branches = {name: list(IAA_INNER) for name in IAA}
-    model = on_meta(
-        InfMLLM,
-        Config(ViTConfig(**CLIP_L), llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>"),
-    )
-    model.adapter = model.llm.branches["mm"].adapter
-    return model
+def iaa_config(d, what):
+    """Its config.json tells of the language model alone."""
+    vit = ViTConfig(**CLIP_L)
+    llm = llama_config(d | {"model_type": "llama"}, what)
+    return Config(vit, llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>")
+
+
+def iaa_modules(config):
+    modules = nn.ModuleDict({"base": InfMLLM(config)})
+    modules["base"].adapter = None  # the released text path has no projector
+    for name in ENDINGS:
+        modules[name] = new_branch(config, name, IAA_INNER)
+    return modules
 
 
 def load_iaa(path, dtype=torch.float32):
-    """The released IAA folder: its base, and its branches mm and grounding, none of them active."""
-    model = iaa_model(read_json(Path(path) / "config.json"), path)
+    """{"mm": model, "grounding": model}, sharing one base."""
+    config = read_config(path, iaa_config)
     print(f"{path}: {LLAMA_3}", file=sys.stderr)
-    return fill(model, weight_files(path), iaa(model.config), path, dtype)
+    with understood(path):
+        modules = on_meta(iaa_modules, config)
+    fill(modules, path, iaa_table(config), dtype)
+    base = modules["base"]
+    base.adapter = modules["mm"].adapter  # so that it is a model like any other, and can be saved
+    return {name: compose(base, modules[name]) for name in ENDINGS}

@@ -1,28 +1,25 @@
-"""Names of one family and ours."""
+"""InfMLLM as it was released."""
 
 import torch
 
 from model import InfMLLM
-from weights.eva import eva
-from weights.files import weight_files
-from weights.llama import llama
+from weights.eva import eva_table
+from weights.llama import llama_table
 from weights.rename import fill, on_meta, prefixed
 
+ADAPTER = {
+    "ln_vision.{}": "adapter.norm.{}",
+    "pooler.mlp.0.{}": "adapter.fc1.{}",
+    "pooler.mlp.2.{}": "adapter.fc2.{}",
+}
 
-def infmllm(c):
-    ends = [(f"ln_vision.{leaf}", f"adapter.norm.{leaf}") for leaf in ("weight", "bias")]
-    ends += [
-        (f"pooler.mlp.{2 * i - 2}.{leaf}", f"adapter.fc{i}.{leaf}")
-        for i in (1, 2)
-        for leaf in ("weight", "bias")
-    ]
-    return (
-        prefixed(eva(c.vit), "visual_encoder.", "vit.")
-        | prefixed(llama(c.llm), "lm_model.", "llm.")
-        | dict(ends)
-    )
+
+def infmllm_table(c):
+    vit = prefixed(eva_table(c.vit), "visual_encoder.", "vit.")
+    llm = prefixed(llama_table(c.llm), "lm_model.", "llm.")
+    return vit | llm | ADAPTER
 
 
 def load_infmllm(path, config, dtype=torch.float32):
-    """The released InfMLLM state dict, whose folder has no config: take PRESETS["infmllm-7b"]()."""
-    return fill(on_meta(InfMLLM, config), weight_files(path), infmllm(config), path, dtype)
+    """The released state dict, whose folder has no config: take PRESETS["infmllm-7b"]()."""
+    return fill(on_meta(InfMLLM, config), path, infmllm_table(config), dtype)

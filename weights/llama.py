@@ -1,4 +1,4 @@
-"""Names of one family and ours."""
+"""LLaMA, Vicuna and their kin."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,9 @@ import torch
 
 from model import Llama, LlamaConfig
 from support.errors import BadInput
-from support.files import read_json
-from weights.configs import from_a_stranger
-from weights.files import save_tensors, weight_files
-from weights.rename import fill, on_meta
+from weights.configs import read_config, renamed, unlike
+from weights.files import save_tensors
+from weights.rename import fill, match, on_meta
 
 LLAMA = {
     "model.embed_tokens.weight": "embed.weight",
@@ -28,86 +27,67 @@ LLAMA = {
     "model.norm.weight": "norm.weight",
     "lm_head.weight": "lm_head.weight",
 }
+FIELDS = {
+    "vocab_size": "vocab",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "intermediate_size": "mlp",
+    "max_position_embeddings": "context",
+    "rms_norm_eps": "eps",
+    "rope_theta": "theta",
+    "tie_word_embeddings": "tied",
+}
+DEFAULTS = {"context": 2048, "eps": 1e-6}  # theirs, where they are not ours
+ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
 
 
-def llama(config):
-    return LLAMA | ({"lm_head.weight": None} if config.tied else {})
+def llama_table(config):
+    if config.tied:
+        return LLAMA | {"lm_head.weight": None}
+    return LLAMA
 
 
-@from_a_stranger
 def llama_config(d, what):
-    ours = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
-    refused = [f"{key}={d[key]!r}" for key, only in ours.items() if d.get(key, only) != only]
-    width, heads = d.get("hidden_size", 4096), d.get("num_attention_heads", 32)
-    if (d.get("head_dim") or width // heads) != width // heads:
-        refused.append(f"head_dim={d['head_dim']}")
+    values = DEFAULTS | renamed(d, FIELDS)
+    values.setdefault("kv_heads", values.get("heads", LlamaConfig.heads))
     rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
+    values |= renamed(rope, {"rope_theta": "theta"})
     kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind != "default":
+        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
+        values["rope"] = scaling | {"rope_type": kind}
+    config = LlamaConfig(**values)
+    refused = unlike(d, ONLY | {"head_dim": config.width // config.heads})
     if kind not in ("default", "linear", "llama3"):
         refused.append(f"rope scaling {kind!r}")
     if refused:
         raise BadInput(
             f"{what}: {', '.join(refused)} is not LLaMA as built here; take LLaMA or Vicuna"
         )
-    theta = rope.get("rope_theta", d.get("rope_theta", 1e4))
-    scaling = (
-        {}
-        if kind == "default"
-        else {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
-    )
-    if scaling:
-        scaling["rope_type"] = kind
-    return LlamaConfig(
-        d.get("vocab_size", 32000),
-        width,
-        d.get("num_hidden_layers", 32),
-        heads,
-        d.get("num_key_value_heads") or heads,
-        d.get("intermediate_size", 11008),
-        d.get("max_position_embeddings", 2048),
-        d.get("rms_norm_eps", 1e-6),
-        theta,
-        scaling,
-        d.get("tie_word_embeddings", False),
-    )
+    return config
 
 
 def load_llama(path, dtype=torch.float32):
     """A LLaMA or Vicuna folder as published or as transformers saves it."""
-    config = llama_config(read_json(Path(path) / "config.json"), path)
-    return fill(on_meta(Llama, config), weight_files(path), llama(config), path, dtype)
+    config = read_config(path, llama_config)
+    return fill(on_meta(Llama, config), path, llama_table(config), dtype)
 
 
 def export_llama(model, path):
     """The language model as a Hugging Face folder that transformers opens."""
-    c, path = model.config, Path(path)
+    c = model.config
+    path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
-    names = {}
-    for theirs, ours in llama(c).items():
-        if ours is None:
-            continue
-        numbers = range(c.layers) if "{}" in ours else [0]
-        names |= {ours.replace("{}", str(i)): theirs.replace("{}", str(i)) for i in numbers}
-    state = {names[name]: p for name, p in model.named_parameters() if name in names}
+    ours = dict(model.named_parameters())
+    turned = {name: theirs for theirs, name in llama_table(c).items() if name}
+    state = {theirs: ours[name] for name, (theirs,) in match(ours, turned).items()}
     save_tensors(state, path / "model.safetensors")
-    dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-    config = dict(
-        architectures=["LlamaForCausalLM"],
-        model_type="llama",
-        vocab_size=c.vocab,
-        hidden_size=c.width,
-        num_hidden_layers=c.layers,
-        num_attention_heads=c.heads,
-        num_key_value_heads=c.kv_heads,
-        intermediate_size=c.mlp,
-        max_position_embeddings=c.context,
-        rms_norm_eps=c.eps,
-        rope_theta=c.theta,
-        rope_scaling=c.rope or None,
-        tie_word_embeddings=c.tied,
-        hidden_act="silu",
-        bos_token_id=1,
-        eos_token_id=2,
-        torch_dtype=dtype,
-    )
+    config = ONLY | {theirs: getattr(c, name) for theirs, name in FIELDS.items()}
+    config |= {
+        "architectures": ["LlamaForCausalLM"],
+        "rope_scaling": c.rope or None,
+        "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
+    }
     (path / "config.json").write_text(json.dumps(config, indent=2))
