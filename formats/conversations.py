@@ -1,46 +1,44 @@
-"""Reader of one format."""
+"""LLaVA's JSON or JSONL: {id, image (none, one or a list), conversations: [{from: human|gpt, value}]}."""
 
-from formats.json_index import json_at, json_index
+from formats.json_index import JsonIndex
 from formats.records import Record, clean, need
 from support.errors import BadInput
 
 
-def conversations(source):
-    """LLaVA's JSON or JSONL: {id, image (none, one or a list), conversations: [{from: human|gpt, value}]}."""
-    path = source.path("annotations")
-    index = json_index(path)
+class Conversations:
+    def __init__(self, source):
+        self.source = source
+        self.records = JsonIndex(source.path("annotations"))
+        self.lengths = self.records.lengths
+        self.images = self.records.images
 
-    def read(number):
-        where = f"{path}: record {number}"
-        fields = json_at(path, *index[number, :2].tolist(), where)
+    def read(self, number):
+        where = f"{self.records.path}: record {number}"
+        fields = self.records.read(number, where)
+        turns = to_pairs(need(fields, "conversations", list, where), where)
         names = fields.get("image") or []
-        names = (
-            [names]
-            if isinstance(names, str)
-            else need(fields, "image", list, where)
-            if names
-            else []
-        )
-        said = need(fields, "conversations", list, where)
-        if not all(isinstance(turn, dict) for turn in said):
-            raise BadInput(
-                f"{where}: a turn is no object with 'from' and 'value'; mend or remove it"
-            )
-        said = [(need(turn, "from", str, where), clean(turn.get("value"), where)) for turn in said]
-        if said and said[0][0] != "human":
-            said = said[1:]  # as LLaVA does: some begin with a half turn
-        said = said[: len(said) // 2 * 2]  # a last question that nobody answered
-        if not said or [who for who, _ in said] != ["human", "gpt"] * (len(said) // 2):
-            raise BadInput(
-                f"{where}: turns must alternate between 'human' and 'gpt'; mend or remove it"
-            )
-        turns = [(said[i][1], said[i + 1][1]) for i in range(0, len(said), 2)]
+        if isinstance(names, str):
+            names = [names]
+        need({"image": names}, "image", list, where)
         marks = sum(question.count("<image>") for question, _ in turns)
         if marks != len(names):
             raise BadInput(f"{where}: {marks} <image> for {len(names)} images; mend or remove it")
-        refs = [source.image(clean(name, where), where) for name in names]
-        return Record(
-            where, refs, answers=[answer for _, answer in turns], turns=turns, fields=fields
-        )
+        images = [self.source.image(clean(name, where), where) for name in names]
+        answers = [answer for _, answer in turns]
+        return Record(where, images, answers=answers, turns=turns, fields=fields)
 
-    return index[:, 1] - index[:, 0], index[:, 3], read
+
+def to_pairs(turns, where):
+    """[{from, value}, ...] -> [(question, answer), ...]."""
+    if not all(isinstance(turn, dict) for turn in turns):
+        raise BadInput(f"{where}: a turn is no object with 'from' and 'value'; mend or remove it")
+    speakers = [need(turn, "from", str, where) for turn in turns]
+    texts = [clean(turn.get("value"), where) for turn in turns]
+    if speakers[:1] != ["human"]:  # as LLaVA does: some begin with half a turn
+        del speakers[:1], texts[:1]
+    pairs = len(texts) // 2  # nobody answered a last question
+    if pairs == 0 or speakers[: 2 * pairs] != ["human", "gpt"] * pairs:
+        raise BadInput(
+            f"{where}: turns must alternate between 'human' and 'gpt'; mend or remove it"
+        )
+    return list(zip(texts[0::2], texts[1::2]))

@@ -1,44 +1,32 @@
-"""Files on disk -> records: any sample of any format by its number, nothing held in memory.
-
-    sources = load_mixture("recipes/stage2.toml")     # opened: JSON and tars are indexed once
-    record = sources[0].read(123)                     # see Record; its images are named, not decoded
-
-A mixture is a TOML file of [[source]] tables (see Source); every file is read where it lies, nothing is converted.
-To add a format, write its reader and name it in FORMATS.
-"""
+"""A mixture of sources, as a TOML file describes it."""
 
 import dataclasses
-import functools
 import glob
 import os
 import tomllib
 from dataclasses import dataclass
 
-from formats.caption_shards import caption_shards
-from formats.coco_caption import coco_caption
-from formats.conversations import conversations
-from formats.refcoco import refcoco
-from formats.vqa import vqa
+from formats.caption_shards import CaptionShards
+from formats.coco_caption import CocoCaption
+from formats.conversations import Conversations
+from formats.refcoco import RefCoco
+from formats.vqa import Vqa
 from support.errors import BadInput
 from support.files import reading, whole
 
-CROPPED = (
-    "caption",
-    "vqa",
-)  # tasks that may see a part of the picture in training: no box is involved
-
-FORMATS = {  # name: reader, its task, keys that must be there
-    "caption-shards": (caption_shards, "caption", ("shards",)),
-    "coco-caption": (coco_caption, "caption", ("annotations", "images")),
-    "vqa": (vqa, "vqa", ("images",)),
-    "refcoco": (refcoco, "ground", ("annotations", "images")),
-    "conversations": (conversations, "chat", ("annotations",)),
+FORMATS = {  # name: reader, its tasks (the first if none is named), keys that must be there
+    "caption-shards": (CaptionShards, ["caption"], ["shards"]),
+    "coco-caption": (CocoCaption, ["caption"], ["annotations", "images"]),
+    "vqa": (Vqa, ["vqa"], ["images"]),
+    "refcoco": (RefCoco, ["ground", "region"], ["annotations", "images"]),
+    "conversations": (Conversations, ["chat"], ["annotations"]),
 }
+CROPPED = ("caption", "vqa")  # may see a part of the picture in training, as no box is involved
 
 
 @dataclass
 class Source:
-    """One [[source]] of a mixture, opened. Only its options are pickled: a spawned worker opens it again."""
+    """One [[source]] of a mixture, opened."""
 
     name: str = ""
     format: str = ""
@@ -46,12 +34,8 @@ class Source:
     questions: str | None = None  # vqa: VQAv2's other file
     images: str | None = None  # folder
     shards: str | list | None = None  # tars: a pattern such as "laion/*.tar", or a list of them
-    weight: float | int | None = (
-        None  # share of the rows; all sources or none have one (none: by size)
-    )
-    task: str | None = (
-        None  # refcoco: "ground" (phrase -> box, the default) or "region" (box -> phrase)
-    )
+    weight: float | int | None = None  # share of the rows, in all sources or in none (by size)
+    task: str | None = None  # refcoco: "ground" (phrase -> box) or "region" (box -> phrase)
     crop: bool | None = None  # random crops in training; the task's own habit if not given
     image_name: str | None = None  # vqa: how an image_id makes a file name
     links: bool = False  # let links inside `images` lead out of it
@@ -61,67 +45,69 @@ class Source:
     def __post_init__(self):
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if (
-                not isinstance(value, field.type)
-                or field.name == "weight"
-                and isinstance(value, bool)
-            ):
+            if not isinstance(value, field.type):
                 self.wrong(f"`{field.name}` is {value!r}, of the wrong type; mend it")
         if not self.name or not self.format:
             self.wrong("needs a `name` and a `format`; add them")
         if self.format not in FORMATS:
             self.wrong(f"format '{self.format}' is none of {', '.join(FORMATS)}; mend it")
-        reader, task, keys = FORMATS[self.format]
-        if missing := [key for key in keys if not getattr(self, key)]:
-            self.wrong(f"format '{self.format}' needs `{missing[0]}`; add it")
-        if self.format == "vqa" and not (self.annotations or self.questions):
+        reader, tasks, keys = FORMATS[self.format]
+        for key in keys:
+            self.option(key)
+        self.task = self.task or tasks[0]
+        if self.task not in tasks:
             self.wrong(
-                "format 'vqa' needs `annotations`, or `questions` and `annotations`; add them"
+                f"format '{self.format}' has the task '{tasks[0]}', not '{self.task}'; remove `task`"
             )
-        if self.task not in (None, task) and (task, self.task) != ("ground", "region"):
-            self.wrong(
-                f"format '{self.format}' has the task '{task}', not '{self.task}'; remove `task`"
-            )
-        if self.weight is not None and not (0 < self.weight < 1e9):
-            self.wrong(f"weight {self.weight} is not between 0 and 1e9; mend it")
-        self.task = self.task or task
-        can = self.task in CROPPED
-        if self.crop and not can:
+        weight = self.weight
+        if weight is not None and (weight is True or not 0 < weight < 1e9):
+            self.wrong(f"`weight` is {weight!r}, not a number between 0 and 1e9; mend it")
+        if self.crop and self.task not in CROPPED:
             self.wrong(f"task '{self.task}' may not be cropped; remove `crop`")
-        self.crop = can if self.crop is None else self.crop
-        if self.images is not None:
-            with reading(self.images):
-                self.folder = os.path.realpath(self.path("images"))
-            if not os.path.isdir(self.folder):
-                self.wrong(f"{self.path('images')} is not a folder; mend `images`")
-        self.bytes, self.marks, self.read = reader(self)
-        if len(self.bytes) == 0:
+        if self.crop is None:
+            self.crop = self.task in CROPPED
+        if self.images:
+            folder = self.path("images")
+            if not os.path.isdir(folder):
+                self.wrong(f"{folder} is not a folder; mend `images`")
+            self.folder = os.path.realpath(folder)
+        self.reader = reader(self)
+        self.lengths = self.reader.lengths  # bytes of the text of each sample
+        self.images_each = self.reader.images  # a number, or one per sample
+        if not len(self):
             self.wrong("has no records; remove the source, or mend its files")
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def read(self, number):
+        return self.reader.read(number)
 
     def wrong(self, what):
         raise BadInput(f"{self.toml}: source '{self.name}': {what}")
 
-    def __len__(self):
-        return len(self.bytes)
-
-    def options(self):
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-
-    def __reduce__(self):
-        return functools.partial(Source, **self.options()), ()
+    def option(self, key):
+        value = getattr(self, key)
+        if not value:
+            self.wrong(f"format '{self.format}' needs `{key}`; add it")
+        return value
 
     def path(self, key):
-        return os.path.join(os.path.dirname(self.toml), getattr(self, key))
+        return os.path.join(os.path.dirname(self.toml), self.option(key))
 
     def paths(self, key):
-        found, patterns = [], getattr(self, key)
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        patterns = self.option(key)
+        if isinstance(patterns, str):
+            patterns = [patterns]
+        found = []
+        for pattern in patterns:
             if not isinstance(pattern, str):
                 self.wrong(f"`{key}` holds {pattern!r}, which is no text; mend it")
-            full = os.path.join(os.path.dirname(self.toml), pattern)
-            found += (files := sorted(glob.glob(full)) if glob.has_magic(full) else [full])
+            path = os.path.join(os.path.dirname(self.toml), pattern)
+            files = sorted(glob.glob(path))
             if not files:
-                self.wrong(f"nothing matches `{key}` {full}; mend it")
+                self.wrong(f"nothing matches `{key}` {path}; mend it")
+            found += files
         return found
 
     def image(self, name, where):
@@ -135,7 +121,8 @@ class Source:
         with reading(f"{where}: image {name!r}"):
             path = os.path.normpath(os.path.join(self.folder, name))
             real = path if self.links else os.path.realpath(path)
-        if not all(place.startswith(os.path.join(self.folder, "")) for place in (path, real)):
+        inside = os.path.join(self.folder, "")
+        if not (path.startswith(inside) and real.startswith(inside)):
             raise BadInput(
                 f"{where}: image {name!r} leads out of {self.folder}; for links set `links = true`"
             )
@@ -146,24 +133,23 @@ def load_mixture(path, train=True):
     """A mixture TOML -> its sources, opened. Relative paths are relative to the TOML file."""
     raw = whole(path)
     try:
-        tables = tomllib.loads(raw.decode())
+        content = tomllib.loads(raw.decode())
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: is not valid TOML ({e}); mend it") from e
-    tables = tables.get("source") if set(tables) == {"source"} else None
+    tables = content.pop("source", None)
     if (
-        not isinstance(tables, list)
+        content
         or not tables
+        or not isinstance(tables, list)
         or not all(isinstance(table, dict) for table in tables)
     ):
         raise BadInput(
             f"{path}: must hold [[source]] tables and nothing else; see the README for one"
         )
     known = {field.name for field in dataclasses.fields(Source)} - {"toml", "train"}
-    for i, table in enumerate(tables):
-        if extra := sorted(set(table) - known):
-            raise BadInput(
-                f"{path}: source {i}: unknown key '{extra[0]}'; it takes {', '.join(sorted(known))}"
-            )
+    for table in tables:
+        for key in sorted(table.keys() - known):
+            raise BadInput(f"{path}: unknown key '{key}'; it takes {', '.join(sorted(known))}")
     if len({str(table.get("name")) for table in tables}) < len(tables):
         raise BadInput(f"{path}: two sources have one name; rename one")
     if len({"weight" in table for table in tables}) > 1:

@@ -1,10 +1,12 @@
-"""What a reader returns."""
+"""What a reader returns, and checks of what it has read."""
 
 from dataclasses import dataclass
 
 from formats.files import LONGEST
 from support.errors import BadInput
 from text.templates import HERE
+
+KINDS = {str: "text", list: "a list", int: "a number"}
 
 
 @dataclass
@@ -27,15 +29,15 @@ class Record:
 
 def need(fields, key, kind, where):
     """fields[key], which must be a `kind`."""
-    if isinstance(value := fields.get(key), kind) and not isinstance(value, bool):
-        if kind is str and not value.strip():
-            raise BadInput(f"{where}: '{key}' is empty; fill it or remove the record")
-        return clean(value, where) if kind is str else value
-    found, due = (
-        type(value).__name__ if key in fields else "missing",
-        {str: "text", list: "a list", int: "a number"},
-    )
-    raise BadInput(f"{where}: '{key}' is {found} but must be {due[kind]}; mend or remove it")
+    value = fields.get(key)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        found = type(value).__name__ if key in fields else "missing"
+        raise BadInput(f"{where}: '{key}' is {found} but must be {KINDS[kind]}; mend or remove it")
+    if kind is not str:
+        return value
+    if not value.strip():
+        raise BadInput(f"{where}: '{key}' is empty; fill it or remove the record")
+    return clean(value, where)
 
 
 def clean(text, where):

@@ -1,35 +1,39 @@
-"""Reader of one format."""
+"""A list of {img_name, bbox: [x1,y1,x2,y2], sentences: [{sent, sent_id}], segment_id}: a sample per sentence."""
 
 import numpy as np
 
-from formats.json_index import json_at, json_index
+from formats.json_index import JsonIndex
 from formats.records import Record, need
 from support.errors import BadInput
 
 
-def refcoco(source):
-    """A list of {img_name, bbox: [x1,y1,x2,y2], sentences: [{sent, sent_id}], segment_id}: a sample per sentence."""
-    path = source.path("annotations")
-    index = json_index(path, by="sentences")
+def count(sentences):
+    """How many samples a record makes; one that has no sentences makes one, which is then complained about."""
+    return max(1, len(sentences)) if isinstance(sentences, list) else 1
 
-    def read(number):
-        start, stop, which, _ = index[number].tolist()
-        where = f"{path}: sample {number}"
-        fields = json_at(path, start, stop, where)
+
+class RefCoco:
+    images = 1
+
+    def __init__(self, source):
+        self.source = source
+        self.records = JsonIndex(source.path("annotations"), by="sentences", tag=count)
+        self.ends = self.records.tags.cumsum()  # of the samples of each record
+        # a record's bytes grow with its sentences, a sample's do not
+        self.lengths = np.full(self.records.tags.sum(), 64)
+
+    def read(self, number):
+        where = f"{self.records.path}: sample {number}"
+        record = self.ends.searchsorted(number, "right")
+        fields = self.records.read(record, where)
         sentences = need(fields, "sentences", list, where)
-        if which >= len(sentences) or not isinstance(sentences[which], dict):
+        which = number - self.ends[record]  # counted from the last, -1
+        if not sentences or not isinstance(sentences[which], dict):
             raise BadInput(
                 f"{where}: its 'sentences' are no list of objects with 'sent'; mend or remove it"
             )
         fields |= sentences[which]
         phrase = need(fields, "sent", str, where)
-        refs = [source.image(need(fields, "img_name", str, where), where)]
-        return Record(
-            where, refs, phrase, [phrase], tuple(need(fields, "bbox", list, where)), fields=fields
-        )
-
-    return (
-        np.full(len(index), 64),
-        None,
-        read,
-    )  # a record's bytes grow with its sentences, a sample's do not
+        image = self.source.image(need(fields, "img_name", str, where), where)
+        box = tuple(need(fields, "bbox", list, where))
+        return Record(where, [image], phrase, [phrase], box, fields=fields)

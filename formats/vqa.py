@@ -1,71 +1,71 @@
-"""Reader of one format."""
+"""VQAv2's pair of files (`questions`, `annotations`), or one list of {image, question, answers}."""
 
-import os
 import re
 
-from formats.files import read_at
-from formats.json_index import json_at, json_index, match
+from formats.json_index import JsonIndex, match
 from formats.records import Record, clean, need
 from support.errors import BadInput
+from support.files import whole
 
 
-def official_name(source, path, index):
-    """VQAv2 names a picture by its number alone: COCO_<data_subtype>_<12 digits>.jpg, unless `image_name` says else."""
-    if source.image_name or not len(index):
-        return source.image_name
-    start, stop = int(index[0, 0]), int(index[-1, 1])
-    around = read_at(path, 0, start) + read_at(path, stop, os.path.getsize(path) - stop)
-    found = re.search(rb'"data_subtype"\s*:\s*"([\w-]+)"', around)
+class Vqa:
+    images = 1
+
+    def __init__(self, source):
+        self.source = source
+        self.answers = None  # the other file's records; a test split has none
+        self.image_name = None
+        if source.questions:
+            path = source.path("questions")
+            self.records = JsonIndex(path, "questions", by="question_id")
+            self.image_name = source.image_name or official_name(path, source)
+            if source.annotations:
+                path = source.path("annotations")
+                self.answers = JsonIndex(path, "annotations", by="question_id")
+                self.answer_of = match(self.records.tags, self.answers.tags)
+        else:
+            self.records = JsonIndex(source.path("annotations"))
+        self.lengths = self.records.lengths
+
+    def read(self, number):
+        where = f"{self.records.path}: record {number}"
+        fields = self.records.read(number, where)
+        question = need(fields, "question", str, where)
+        image = self.source.image(self.picture(fields, where), where)
+        if self.answers:
+            answer = self.answer_of[number]
+            if answer < 0:
+                raise BadInput(
+                    f"{where}: {self.answers.path} has no answer to its question_id; remove it"
+                )
+            fields |= self.answers.read(answer, f"{where}, its answers")
+        answers = fields.get("answers", fields.get("answer", []))
+        if isinstance(answers, str):
+            answers = [answers]
+        need({"answers": answers}, "answers", list, where)
+        answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
+        answers = [clean(answer, where).strip() for answer in answers]
+        if self.source.train and not answers:
+            raise BadInput(f"{where}: has no answers; remove it")
+        return Record(where, [image], question, answers, fields=fields)
+
+    def picture(self, fields, where):
+        if not self.image_name:
+            return need(fields, "image", str, where)
+        number = need(fields, "image_id", int, where)
+        try:
+            return self.image_name.format(number)
+        except (ValueError, LookupError) as e:
+            raise BadInput(
+                f"{where}: image_name {self.image_name!r} does not take its image_id ({e}); mend it"
+            ) from e
+
+
+def official_name(path, source):
+    """VQAv2 names a picture by its number alone: COCO_<data_subtype>_<12 digits>.jpg."""
+    found = re.search(rb'"data_subtype"\s*:\s*"([\w-]+)"', whole(path))
     if not found:
         raise BadInput(
             f"{path}: has no 'data_subtype'; add image_name = \"{{:012d}}.jpg\" to {source.toml}"
         )
     return f"COCO_{found[1].decode()}_{{:012d}}.jpg"
-
-
-def vqa(source):
-    """VQAv2's pair of files (`questions`, `annotations`), or one list of {image, question, answers}."""
-    paired = source.questions is not None
-    path = source.path("questions" if paired else "annotations")
-    index = json_index(path, "questions", "question_id") if paired else json_index(path)
-    other = (
-        source.path("annotations") if paired and source.annotations else None
-    )  # a test split has no answers
-    if paired:
-        template = official_name(source, path, index)
-    if other:
-        notes = json_index(other, "annotations", "question_id")
-        joined = match(index[:, 2], notes[:, 2])
-
-    def read(number):
-        where = f"{path}: record {number}"
-        fields = json_at(path, *index[number, :2].tolist(), where)
-        question = need(fields, "question", str, where)
-        if paired:
-            image = need(fields, "image_id", int, where)
-            try:
-                name = template.format(image)
-            except (ValueError, LookupError) as e:
-                raise BadInput(
-                    f"{where}: image_name {template!r} does not take its image_id ({e}); mend it"
-                ) from e
-        else:
-            name = need(fields, "image", str, where)
-        if other:
-            if joined[number] < 0:
-                raise BadInput(f"{where}: {other} has no answer to its question_id; remove it")
-            fields |= json_at(other, *notes[joined[number], :2].tolist(), f"{where}, its answers")
-        answers = fields.get("answers", fields.get("answer", []))
-        answers = (
-            [answers]
-            if isinstance(answers, str)
-            else need({"answers": answers}, "answers", list, where)
-        )
-        answers = [
-            clean(a.get("answer") if isinstance(a, dict) else a, where).strip() for a in answers
-        ]
-        if source.train and not answers:
-            raise BadInput(f"{where}: has no answers; remove it")
-        return Record(where, [source.image(name, where)], question, answers, fields=fields)
-
-    return index[:, 1] - index[:, 0], None, read

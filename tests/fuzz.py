@@ -25,7 +25,7 @@ import tiny
 import torch
 from PIL import Image
 
-import sample
+import support.start
 import weights.checkpoint
 import weights.files
 import weights.llama
@@ -498,7 +498,7 @@ class Weights:
                 }
                 (self.path / "checksums.json").write_text(json.dumps(sums))
                 self.dirty.add("checksums.json")
-            sample.load_model(self.path, device="cpu")
+            support.start.load_model(self.path, device="cpu")
         elif self.kind == "llama" or zlib.crc32(content) % 4 == 0:
             weights.llama.load_llama(self.path)
         else:  # a tensor instead of all, for speed

@@ -20,12 +20,23 @@ import formats.files
 import formats.json_index
 from data import Data, collate
 from formats.mixture import load_mixture
-from formats.pictures import peek, to_square, upright
+from formats.pictures import (
+    MEAN_COLOUR,
+    WHOLE,
+    fractions,
+    move_box,
+    padded_region,
+    peek,
+    random_region,
+    to_square,
+    upright,
+)
+from formats.records import clean
 from model import IGNORE, IMAGE
 from support.errors import BadInput
 from text.boxes import format_box, parse_box, parse_box_released
-from text.templates import prompt
-from text.tokenizer import Tokenizer, encode_turns
+from text.templates import SYSTEM, prompt
+from text.tokenizer import Tokenizer, encode_prompt, encode_turns, truncate
 
 TOKENIZER = Tokenizer(Path(__file__).parent.parent / "assets/toy")
 V = 4  # visual tokens per image in these tests
@@ -132,6 +143,21 @@ def test_caption_shards_become_prompt_and_caption(tmp_path):
     assert item.fields == {"key": "x/k2", "caption": "a blue square", "id": 5}
     check(data, 2, asked, ["▁a", "▁cross", "</s>"], "a cross", "<image><ImageHere>Short caption:")
     assert len(data.sources[0]) == 3
+
+
+@pytest.mark.parametrize("kind", ["USTAR", "GNU", "PAX"])
+def test_long_names_in_tars_of_every_kind_keep_a_picture_and_its_caption_together(tmp_path, kind):
+    with tarfile.open(tmp_path / "a.tar", "w", format=getattr(tarfile, f"{kind}_FORMAT")) as tar:
+        for n in range(3):
+            for ending, content in ((".png", png_bytes()), (".txt", b"caption %d" % n)):
+                info = tarfile.TarInfo(
+                    f"{'d' * 90}/{'e' * (95 - 90 * (kind == 'USTAR'))}{n}{ending}"
+                )
+                info.size = len(content)
+                info.pax_headers = {"comment": "x" * 700}
+                tar.addfile(info, io.BytesIO(content))
+    data = data_of(tmp_path, {"name": "c", "format": "caption-shards", "shards": "a.tar"})
+    assert [item.answers for item in data.samples()] == [[f"caption {n}"] for n in range(3)]
 
 
 def test_coco_captions_train_on_each_caption_and_evaluate_each_image_with_all_of_them(tmp_path):
@@ -362,7 +388,7 @@ def test_refcoco_read_the_other_way_round_asks_for_the_phrase(tmp_path):
     )
 
 
-SYSTEM = [
+ASSISTANT = [
     "▁A",
     "▁chat",
     "▁between",
@@ -436,7 +462,7 @@ def talk(folder):
 def test_conversations_put_targets_on_every_answer_and_its_eos_alone(tmp_path):
     data = data_of(tmp_path, talk(tmp_path))
     first = (
-        SYSTEM
+        ASSISTANT
         + IMG
         + [IMAGE] * V
         + ["▁", "<0x0A>", "W", "here", "▁is", "▁the", "▁cross", "?", "▁ASSISTANT", ":"]
@@ -451,7 +477,7 @@ def test_conversations_put_targets_on_every_answer_and_its_eos_alone(tmp_path):
     assert pieces(targets) == [IGNORE] * len(first) + said + [IGNORE] * len(then) + last
     # chat pads to a square with the mean colour: 32 x 24 -> 4 of 32 rows above and below
     assert (pictures[0][8] == BLUE).all() and np.abs(
-        pictures[0][0].astype(int) - D.MEAN_COLOUR
+        pictures[0][0].astype(int) - MEAN_COLOUR
     ).max() <= 2
     assert list(data.samples())[0].prompt == (
         "A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
@@ -463,7 +489,7 @@ def test_conversations_put_targets_on_every_answer_and_its_eos_alone(tmp_path):
 def test_conversations_may_have_no_image_or_several(tmp_path):
     data = data_of(tmp_path, talk(tmp_path))
     tokens, targets, pictures = data.sample(data.sources[0], 1, 0)
-    assert pieces(tokens) == ["<s>"] + SYSTEM + [
+    assert pieces(tokens) == ["<s>"] + ASSISTANT + [
         "▁Where",
         "▁is",
         "▁the",
@@ -482,7 +508,7 @@ def test_conversations_may_have_no_image_or_several(tmp_path):
         + [IMAGE] * V
         + ["▁", "▁ASSISTANT", ":", "▁no"]
     )
-    assert pieces(tokens) == ["<s>"] + SYSTEM + both
+    assert pieces(tokens) == ["<s>"] + ASSISTANT + both
     assert (pictures[1] == (200, 30, 30)).all() and len(pictures) == 2
 
 
@@ -491,7 +517,7 @@ def test_llava_models_see_the_placeholder_without_the_word_before_it(tmp_path):
     assert list(data.samples())[0].prompt.endswith(
         "USER: <ImageHere>\nWhere is the cross? ASSISTANT:"
     )
-    assert prompt("chat", "hello", "") == D.SYSTEM + "USER: hello ASSISTANT:"
+    assert prompt("chat", "hello", "") == SYSTEM + "USER: hello ASSISTANT:"
 
 
 def test_questions_are_cleaned_as_the_released_model_expects(tmp_path):
@@ -500,7 +526,7 @@ def test_questions_are_cleaned_as_the_released_model_expects(tmp_path):
     assert asked.count("word") == 42
     assert prompt("ground", "The RED circle.") == "<image><ImageHere><ref>The RED circle.</ref>"
     with pytest.raises(BadInput, match="reserved"):
-        D.clean("a <ImageHere> b", "x")
+        clean("a <ImageHere> b", "x")
 
 
 def test_generation_starts_from_the_same_ids_as_training():
@@ -512,7 +538,7 @@ def test_generation_starts_from_the_same_ids_as_training():
         and len(targets) == len(asked)
         and asked.count(TOKENIZER.bos) == 1
     )
-    assert encode_turns(TOKENIZER, [(turns[0][0], None)], V)[0] == D.encode_prompt(
+    assert encode_turns(TOKENIZER, [(turns[0][0], None)], V)[0] == encode_prompt(
         TOKENIZER, turns[0][0], V
     )
 
@@ -659,12 +685,12 @@ def test_a_box_lands_on_the_same_coloured_pixels_after_every_transform(kind, siz
         image = Image.new("RGB", size, (10, 10, 10))
         ImageDraw.Draw(image).rectangle((x1, y1, x2 - 1, y2 - 1), (240, 200, 20))
         region = {
-            "squash": lambda: D.WHOLE,
-            "pad": lambda: D.padded_region(size),
-            "crop": lambda: D.random_region(size, rng),
+            "squash": lambda: WHOLE,
+            "pad": lambda: padded_region(size),
+            "crop": lambda: random_region(size, rng),
         }[kind]()
         try:
-            moved = D.move_box(D.fractions((x1, y1, x2, y2), size, "here"), region)
+            moved = move_box(fractions((x1, y1, x2, y2), size, "here"), region)
         except BadInput:
             assert kind == "crop"
             continue  # nothing of it is left in this crop
@@ -693,14 +719,16 @@ def test_training_never_crops_a_task_with_boxes_and_crops_captions_by_default(tm
         {"name": "r", "format": "refcoco", "annotations": "r.json", "images": "im"},
         {"name": "v", "format": "vqa", "annotations": "v.json", "images": "im"},
     )
-    seen = lambda table: {
-        D.Data.sample(d := data_of(tmp_path, table, train=True), d.sources[0], 0, s)[2][0].tobytes()
-        for s in range(8)
-    }
+
+    def seen(table):
+        data = data_of(tmp_path, table, train=True)
+        samples = [data.sample(data.sources[0], 0, step) for step in range(8)]
+        return {pictures[0].tobytes() for _, _, pictures in samples}
+
     assert len(seen(ground)) == 1 and len(seen(vqa)) == 8 and len(seen({**vqa, "crop": False})) == 1
     areas = [
         (r[2] - r[0]) * (r[3] - r[1])
-        for r in (D.random_region((64, 48), np.random.default_rng(i)) for i in range(300))
+        for r in (random_region((64, 48), np.random.default_rng(i)) for i in range(300))
     ]
     assert 0.49 < min(areas) < 0.55 and 0.9 < max(areas) <= 1
 
@@ -709,7 +737,7 @@ def test_training_never_crops_a_task_with_boxes_and_crops_captions_by_default(tm
 
 
 def opened(path, need=None):
-    return np.asarray(upright(peek((str(path), 0, -1))[0], need)).astype(int)
+    return np.asarray(upright(peek((str(path), 0, -1)), need)).astype(int)
 
 
 def test_every_kind_of_picture_becomes_the_rgb_that_a_viewer_shows(tmp_path):
@@ -764,8 +792,8 @@ def test_exif_orientation_is_undone_and_the_upright_size_is_known_from_the_heade
     wanted = stored
     for flip in flips.get(turn, []):
         wanted = wanted.transpose(Image.Transpose(flip))
-    image, size = peek((str(tmp_path / "t.jpg"), 0, -1))
-    assert size == wanted.size == upright(image).size
+    picture = peek((str(tmp_path / "t.jpg"), 0, -1))
+    assert picture.size == wanted.size == upright(picture).size
     assert np.abs(opened(tmp_path / "t.jpg") - np.asarray(wanted).astype(int)).max() < 12
 
 
@@ -777,7 +805,7 @@ def test_a_jpeg_far_larger_than_needed_is_decoded_small_and_looks_the_same(tmp_p
         tmp_path / "big.jpg"
     ).shape == (1200, 1600, 3)
     small, full = (
-        to_square(upright(peek((str(tmp_path / "big.jpg"), 0, -1))[0], need), 224)
+        to_square(upright(peek((str(tmp_path / "big.jpg"), 0, -1)), need), 224)
         for need in (224, None)
     )
     assert np.abs(small.astype(int) - full).max() <= 3
@@ -788,10 +816,10 @@ def test_squashing_is_pillows_own_bicubic_and_padding_centres(tmp_path):
     assert (
         to_square(image, 16) == np.asarray(image.resize((16, 16), Image.Resampling.BICUBIC))
     ).all()
-    padded = Image.new("RGB", (50, 50), D.MEAN_COLOUR)
+    padded = Image.new("RGB", (50, 50), MEAN_COLOUR)
     padded.paste(image, (0, 10))
     padded = padded.resize((16, 16), Image.Resampling.BICUBIC)
-    assert (to_square(image, 16, D.padded_region((50, 30))) == np.asarray(padded)).all()
+    assert (to_square(image, 16, padded_region((50, 30))) == np.asarray(padded)).all()
 
 
 # ---- batches ---------------------------------------------------------------------------------------------------------
@@ -930,7 +958,7 @@ def same(a, b):
     return (
         all(
             torch.equal(getattr(a, k), getattr(b, k))
-            for k in ("images", "tokens", "targets", "image_at", "target_at")
+            for k in ("images", "tokens", "targets", "image_positions", "target_positions")
         )
         and a.supervised == b.supervised
         and a.bad == b.bad
@@ -980,7 +1008,7 @@ def test_batches_of_no_picture_and_of_more_pictures_than_rows_come_as_they_are(t
 def test_a_spawned_worker_opens_the_same_data(tmp_path, mixed):
     data, key = data_of(tmp_path, *mixed, train=True, batch=8), (5, 0, 2, 0, 1)
     copy = pickle.loads(pickle.dumps(data))
-    assert same(copy.micro_batch(key), data.micro_batch(key))
+    assert same(copy[key], data[key])
 
 
 def waste(data, world, accum):
@@ -1020,14 +1048,17 @@ def test_a_batch_says_where_its_placeholders_and_targets_are(tmp_path):
     B, T = batch.tokens.shape
     assert batch.images.shape == (3, 3, 16, 16) and batch.images.dtype == torch.uint8
     assert B == 3 and T % 8 == 0 and T - max(len(r[0]) for r in rows) < 8
-    assert batch.image_at.tolist() == [
+    assert batch.image_positions.tolist() == [
         b * T + t for b, r in enumerate(rows) for t, i in enumerate(r[0]) if i == IMAGE
     ]
-    flat = batch.target_at[: batch.supervised]
+    flat = batch.target_positions[: batch.supervised]
     assert flat.tolist() == [
         b * T + t for b, r in enumerate(rows) for t, i in enumerate(r[1]) if i != IGNORE
     ]
-    assert len(batch.target_at) % 8 == 0 and (batch.target_at[batch.supervised :] == -1).all()
+    assert (
+        len(batch.target_positions) % 8 == 0
+        and (batch.target_positions[batch.supervised :] == -1).all()
+    )
     for b, (tokens, targets, _) in enumerate(rows):
         assert batch.tokens[b].tolist() == tokens + [TOKENIZER.pad] * (T - len(tokens))
         assert batch.targets[b].tolist() == targets + [IGNORE] * (T - len(targets))
@@ -1042,7 +1073,7 @@ def test_a_batch_without_images_carries_one_grey_picture_that_goes_nowhere(tmp_p
     data = data_of(tmp_path, talk(tmp_path))
     batch = collate([data.sample(data.sources[0], 1, 0)] * 2, TOKENIZER.pad, V, 16)
     assert batch.images.shape == (1, 3, 16, 16) and (batch.images == 127).all()
-    assert batch.image_at.tolist() == [-1] * V and batch.supervised == 4
+    assert batch.image_positions.tolist() == [-1] * V and batch.supervised == 4
 
 
 def test_what_is_too_long_is_cut_before_an_image_in_training_and_refused_elsewhere(tmp_path):
@@ -1062,7 +1093,7 @@ def test_what_is_too_long_is_cut_before_an_image_in_training_and_refused_elsewhe
             continue  # no answer left
         assert tokens == full[:context] and len(pictures) == 1 and tokens.count(IMAGE) == V
     for cut in range(1, 9):
-        kept = D.truncate([5, IMAGE, IMAGE, 6, IMAGE, IMAGE, 7, 8], cut)
+        kept = truncate([5, IMAGE, IMAGE, 6, IMAGE, IMAGE, 7, 8], cut)
         assert [5, IMAGE, IMAGE, 6, IMAGE, IMAGE, 7, 8][:kept].count(
             IMAGE
         ) % 2 == 0 and cut - 2 < kept <= cut
@@ -1086,7 +1117,7 @@ def test_an_unreadable_sample_is_replaced_by_the_next_number_counted_and_named(t
 def test_an_index_is_kept_between_starts_and_made_anew_when_its_file_changes(tmp_path, monkeypatch):
     table = vqa_list(tmp_path, 5, "v")
     assert data_of(tmp_path, table).counts == {"v": 5}
-    monkeypatch.setattr(formats.json_index, "scan_json", lambda *a: pytest.fail("scanned again"))
+    monkeypatch.setattr(formats.json_index, "scan", lambda *a: pytest.fail("scanned again"))
     assert data_of(tmp_path, table).counts == {"v": 5}
     monkeypatch.undo()
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
@@ -1094,7 +1125,7 @@ def test_an_index_is_kept_between_starts_and_made_anew_when_its_file_changes(tmp
     os.utime(tmp_path / "v.json", (1, 1))
     formats.files.opened.cache_clear()
     assert data_of(tmp_path, table).counts == {"v": 6}
-    for index in (tmp_path / "cache").rglob("*.npy"):
+    for index in (tmp_path / "cache").rglob("*.npz"):
         index.write_bytes(b"torn")
     assert data_of(tmp_path, table).counts == {"v": 6}
 

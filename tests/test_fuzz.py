@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import struct
+import tarfile
 import zlib
 
 import pytest
@@ -17,6 +18,7 @@ from fuzz import GB, READERS, SECONDS, Mixtures, fuzz, peak
 from PIL import Image
 
 import sample
+import support.start
 import weights.files
 from data import Data
 from formats.mixture import load_mixture
@@ -129,6 +131,18 @@ def test_a_list_that_is_not_asked_for_is_passed_by_in_bounded_memory(tmp_path):
     assert "has no records" in bounded(lambda: everything(tmp_path))
 
 
+def test_a_tar_whose_headers_are_made_to_take_long_takes_no_longer(tmp_path):
+    """A megabyte of digits in a header would keep tarfile.TarFile busy for minutes (CVE-2024-6232)."""
+    world(tmp_path, "tar", b"", "t.tar")
+    header = tarfile.TarInfo("x")
+    header.type, header.size = tarfile.XHDTYPE, 2**20
+    (tmp_path / "t.tar").write_bytes((header.tobuf() + b"1" * 2**20) * 40 + bytes(10240))
+    assert "has no records" in bounded(lambda: everything(tmp_path))
+    header.type, header.size = tarfile.REGTYPE, -1024
+    (tmp_path / "t.tar").write_bytes(bytes(header.tobuf(tarfile.GNU_FORMAT)) * 9 + bytes(10240))
+    assert "ends inside a member" in bounded(lambda: everything(tmp_path))
+
+
 def test_a_conversation_of_a_hundred_thousand_turns_is_cut_and_one_of_as_many_pictures_refused(
     tmp_path,
 ):
@@ -211,7 +225,7 @@ def test_no_file_of_weights_and_no_index_runs_code(tmp_path, monkeypatch):
         with pytest.raises(BadInput, match="refused|cannot be read"):
             weights.files.Pickled(tmp_path / name)
         with pytest.raises(BadInput):
-            sample.load_model(tmp_path / name, tiny.TOKENIZER, device="cpu")
+            support.start.load_model(tmp_path / name, tiny.TOKENIZER, device="cpu")
     assert not marker.exists()
     Attack(marker).__reduce__()[0](Attack(marker).__reduce__()[1][0])  # it would have worked
     assert marker.exists()
@@ -219,7 +233,6 @@ def test_no_file_of_weights_and_no_index_runs_code(tmp_path, monkeypatch):
 
 def test_names_in_tars_and_json_reach_nothing_outside(tmp_path, monkeypatch):
     import io
-    import tarfile
 
     secret = tmp_path / "secret.png"
     Image.new("RGB", (20, 20), "red").save(secret)

@@ -4,19 +4,16 @@ import re
 from dataclasses import dataclass
 
 HERE = "<ImageHere>"  # where the visual tokens go; reserved, so it may not stand in anybody's text
-
-
 MARK = "<image><ImageHere>"  # what a conversation's <image> becomes; LLaVA's own models want HERE alone
-
-
-def plain(text, gap=""):
-    return " ".join(re.sub(r"[.!\"()*#:;~]", gap, text.lower()).split()[:50])
-
-
 SYSTEM = (
     "A chat between a curious user and an artificial intelligence assistant. "
     "The assistant gives helpful, detailed, and polite answers to the user's questions. "
 )
+
+
+def plain(text, gap=""):
+    """Lower case, without punctuation (`gap` in its place), 50 words at most: how the released model was asked."""
+    return " ".join(re.sub(r"[.!\"()*#:;~]", gap, text.lower()).split()[:50])
 
 
 @dataclass
@@ -35,13 +32,14 @@ TASKS = {  # the prompts of captioning and of region captions are not published:
 }
 
 
-def prompt(task, text="", image_mark=MARK):
-    """The full template of one question; of a chat its first turn, after the image (image_mark="": no image)."""
-    text = TASKS[task].clean(text)
-    if task != "chat":
-        return TASKS[task].template.format(text)
-    return SYSTEM + chat_turn(f"{image_mark}\n{text}" if image_mark else text)
-
-
 def chat_turn(question):
     return TASKS["chat"].template.format(question)
+
+
+def prompt(task, text="", image_mark=MARK):
+    """The full template of one question; of a chat its first turn, after the image (image_mark="": no image)."""
+    if task != "chat":
+        return TASKS[task].template.format(TASKS[task].clean(text))
+    if image_mark:
+        text = f"{image_mark}\n{text}"
+    return SYSTEM + chat_turn(text)
