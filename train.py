@@ -3,18 +3,17 @@
     python train.py --stage 1                     # nothing named: draws the toy world and trains its adapter
     python train.py --stage all                   # the three stages in a row, each from the one before
     python train.py --stage 2 --resume            # the run in out/stage2 goes on, exactly
-    python train.py --stage 3 --preset infmllm-7b --gpus 8x80 --shard --plan        # what it would take; trains nothing
-    torchrun --nproc_per_node 8 train.py --stage 1 --preset infmllm-7b --vit eva_vit_g.pth --llm vicuna-7b-v1.5/ \
+    python train.py --stage 3 --preset infmllm-7b --gpus 8x80 --shard --plan     # what it would take; trains nothing
+    torchrun --nproc_per_node 8 train.py --stage 1 --preset infmllm-7b --vit eva_vit_g.pth --llm vicuna-7b-v1.5/ \\
         --data recipes/stage1.toml
     python train.py --stage 2 --tune inner --branch mm --out out/mm      # inner adaptors; the LLM stays as it is
     python train.py --plot out/stage1             # the loss curve
 
-What trains in which stage says model.trains(); with what, the table below. A run writes to out/stageN: checkpoints
+What trains in which stage says InfMLLM.freeze; with what, the table below. A run writes to out/stageN: checkpoints
 step-00000100/, log.jsonl (a record a logged step) and loss.png.
 """
 
 import argparse
-import gc
 import json
 import math
 import os
@@ -24,389 +23,234 @@ import sys
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from datetime import timedelta
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import
 
 import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 
+import evaluate
 import model as models
+import sample
 import weights
-from adapter import pool_path
+from adapter import ADAPTERS, pool_path
 from data import BUCKET, Data, collate
-from formats.mixture import load_mixture
-from support import metrics
+from formats import load_mixture
+from model import PARTS, TUNE
+from support import start
+from support.commands import Parser, number
 from support.errors import BadInput, complain
 from support.log import Log, measured_time, peak_memory, plot, stage_table
-from support.plan import GIB, PARTS, arithmetic, counted, describe, peak_flops, total_memory, tuning
-from support.processes import at_once, end_loaders, on_signals
+from support.metrics import iou
+from support.plan import GIB, arithmetic, counted, describe, peak_flops
+from support.processes import end_loaders, on_signals, stop_at_once
 from support.ranks import Ranks, setup_ranks
-from support.start import (
-    base_of,
-    build,
-    described,
-    find_tokenizer,
-    inner_layers,
-    out_folder,
-    start_from,
-)
 from text.boxes import parse_box
 from text.templates import TASKS
-from text.tokenizer import Tokenizer
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # The stages. [published] stands in the paper or the released code, [LLaVA-1.5] in theirs; the rest is our choice.
-@dataclass(frozen=True)
+
+
+@dataclass(kw_only=True)
 class Stage:
     steps: int  # updates
     batch: int  # rows per update, over all ranks
     rows: int  # rows a rank takes at once, at most: --accum follows from it
     lr: dict  # peak learning rate of each part that trains
-    image_size: int | None  # pixels per side; None: the preset's own
-    grid: int | None  # P, visual tokens per side; None: the preset's own
-    warmup: float = (
-        0.03  # share of the steps; a cosine to zero follows                            [LLaVA-1.5]
-    )
-    weight_decay: float = (
-        0.0  # of matrices; never of norms, biases, positions, queries                 [LLaVA-1.5]
-    )
+    image_size: int | None = None  # pixels per side; None: the preset's own
+    grid: int | None = None  # P, visual tokens per side; None: the preset's own
+    warmup: float = 0.03  # share of the steps; a cosine to zero follows [LLaVA-1.5]
+    weight_decay: float = 0.0  # of matrices; never of norms, biases, positions, queries [LLaVA-1.5]
     recompute: bool = (
         False  # keep no activations inside a layer, compute them again: a third more work
     )
-    text: int = 64  # text tokens of a typical row and ...
-    answer: int = 16  # ... how many of them are supervised: for --plan, where no data is named
+    text: int = 64  # for --plan where no data are named: text tokens of a typical row ...
+    answer: int = 16  # ... and how many of them are supervised
 
 
 TOY = {
-    1: Stage(300, 64, 64, {"adapter": 5e-3}, None, None),
+    1: Stage(steps=300, batch=64, rows=64, lr={"adapter": 5e-3}),
     2: Stage(
-        1000, 64, 64, {"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3}, None, None, weight_decay=0.01
+        steps=1000,
+        batch=64,
+        rows=64,
+        lr={"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3},
+        weight_decay=0.01,
     ),
     3: Stage(
-        400,
-        64,
-        64,
-        {"adapter": 3e-4, "llm": 3e-4},
-        None,
-        None,
+        steps=400,
+        batch=64,
+        rows=64,
+        lr={"adapter": 3e-4, "llm": 3e-4},
         weight_decay=0.01,
         text=160,
         answer=48,
     ),
 }
-
 PAPER = {
-    # batch 1024, 224 px, alignment on web-scale pairs [published]; a projector's 1e-3 [LLaVA-1.5]
-    1: Stage(60000, 1024, 8, {"adapter": 1e-3}, 224, 16, text=32, answer=24),
-    # 448 px, ViT + adapter + Q and V [published]
+    1: Stage(
+        steps=60000,
+        batch=1024,  # [published], as 224 px and web-scale pairs
+        rows=8,
+        lr={"adapter": 1e-3},  # a projector's [LLaVA-1.5]
+        image_size=224,
+        grid=16,
+        text=32,
+        answer=24,
+    ),
     2: Stage(
-        30000,
-        256,
-        32,
-        {"vit": 1e-5, "adapter": 5e-5, "llm": 2e-5},
-        448,
-        16,
+        steps=30000,
+        batch=256,
+        rows=32,
+        lr={"vit": 1e-5, "adapter": 5e-5, "llm": 2e-5},
+        image_size=448,  # [published], as what trains: ViT, adapter, Q and V
+        grid=16,
         weight_decay=0.05,
         recompute=True,
     ),
-    # 448 px, 256 visual tokens, LLaVA's 665k conversations [published]; batch 128, 2e-5, one epoch [LLaVA-1.5]
     3: Stage(
-        5197, 128, 16, {"adapter": 2e-5, "llm": 2e-5}, 448, 16, recompute=True, text=448, answer=192
+        steps=5197,  # one epoch of LLaVA's 665k conversations [LLaVA-1.5], which are [published]
+        batch=128,  # [LLaVA-1.5]
+        rows=16,
+        lr={"adapter": 2e-5, "llm": 2e-5},  # [LLaVA-1.5]
+        image_size=448,  # [published], as 256 visual tokens
+        grid=16,
+        recompute=True,
+        text=448,
+        answer=192,
     ),
 }
-
+OTHERS = {
+    n: replace(row, image_size=None, grid=None) for n, row in PAPER.items()
+}  # small, llava-7b
 STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
 
-OTHERS = {
-    n: replace(s, image_size=None, grid=None) for n, s in PAPER.items()
-}  # small, llava-7b: their own sizes
-
-BETAS, EPS = (0.9, 0.95), 1e-8  # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
-
+BETAS = (0.9, 0.95)  # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
+EPS = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
-
 CLIP = 1.0  # the gradient's global norm is cut to this
-
-PATIENCE = 3  # updates in a row without a finite gradient, after which the run stops
-
+SKIPS = 3  # updates in a row without a finite gradient, after which the run stops
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Flags
-class Parser(argparse.ArgumentParser):
-    def error(self, message):
-        self.exit(2, f"train.py: {message}; python train.py --help lists the flags\n")
+# ---------------------------------------------------------------------------------------------------
+# Settings and flags
 
 
-def rates(text):
-    """'1e-3' for every part, or 'adapter=1e-3,llm=2e-5' for those named."""
-    pairs = [pair.rpartition("=") for pair in text.split(",")]
-    lr = {part: float(value) for part, _, value in pairs}
-    if set(lr) - {"", *PARTS} or "" in lr and len(lr) > 1:
-        raise ValueError
-    if not all(0 <= x < math.inf for x in lr.values()):
-        raise ValueError
-    return lr
+@dataclass(kw_only=True)
+class Settings(Stage):
+    """What a run is: the stage's row, then what its checkpoint has stored, then flags. See resolve."""
+
+    stage: int
+    preset: str
+    tune: str  # none, qv, full or inner
+    accum: int  # micro-batches per rank and update
+    dtype: str
+    out: Path
+    start: Path | None = None  # the checkpoint that the weights come from
+    resumed: bool = False  # the run in `out` goes on
+    data: str | None = None
+    eval_data: str | None = None
+    vit: str | None = None
+    llm: str | None = None
+    tokenizer: str | None = None
+    adapter: str | None = None
+    branch: str = "mm"
+    inner_layers: list | None = None
+    seed: int = 0
+    workers: int = 1
+    shard: bool = False
+    compile: bool = False
+    log_every: int = 10
+    eval_every: int | None = None
+    eval_rows: int = 128
+    score_rows: int = 100
+    save_every: int | None = None
+    save_minutes: float = 30
+    keep: int = 2
+    max_bad: float = 0.01
+    tensorboard: bool = False
 
 
-def between(kind, low, high=math.inf):
-    def number(text):
-        if not low <= (value := kind(text)) <= high:
-            raise ValueError
-        return value
-
-    number.__name__ = f"number from {low}" + (f" to {high}" if high < math.inf else "")
-    return number
-
-
-def numbers(text):
-    return sorted({int(n) for n in text.split(",")})
-
-
-def word(text):
-    if not text.isidentifier():
-        raise ValueError
-    return text
-
-
-def gpus(text):
-    count, _, size = text.lower().partition("x")
-    return between(int, 1)(count), between(float, 1)(size)
-
-
-rates.__name__, gpus.__name__ = (
-    "learning rate (1e-3, or adapter=1e-3,llm=2e-5)",
-    "number x GiB (8x80)",
+# what makes a run this run: stored with it, and resuming takes no others
+LASTING = (
+    *("preset", "data", "steps", "batch", "lr", "warmup", "weight_decay", "image_size", "grid"),
+    *("adapter", "seed", "dtype", "tune", "branch", "inner_layers"),
 )
 
-numbers.__name__ = "list of layers (0,1,5,6)"
 
-
-def flags():
-    p = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add, on_off = p.add_argument, argparse.BooleanOptionalAction
-    add(
-        "--stage",
-        choices=("1", "2", "3", "all"),
-        help="which row of the table; all: the three in a row",
-    )
-    add(
-        "--preset",
-        choices=sorted(models.PRESETS),
-        help="architecture and table; default: --init's own, or toy",
-    )
-    add("--data", help="mixture of training data, a TOML file; default: the toy world in out/toy")
-    add(
-        "--eval-data",
-        help="mixture held out; default: heldout.toml beside --data, where there is one",
-    )
-    add(
-        "--init",
-        help="start from this checkpoint, whole; default: the stage before (toy stage 1: assets/toy)",
-    )
-    add("--vit", help="take the ViT from here: eva_vit_g.pth, a CLIP or a BLIP-2 folder")
-    add("--llm", help="take the LLM from here: a LLaMA or Vicuna folder")
-    add("--tokenizer", help="sentencepiece model; default: the one beside --llm or --init")
-    add(
-        "--out",
-        help="folder of the run; default: out/stageN (with --stage all: the folder of the three)",
-    )
-    add("--resume", action="store_true", help="go on with the run in --out; its own settings hold")
-    add("--steps", type=between(int, 1), help="updates")
-    add("--batch", type=between(int, 1), help="rows per update over all ranks")
-    add("--accum", type=between(int, 1), help="micro-batches per rank and update")
-    add(
-        "--lr",
-        type=rates,
-        help="peak learning rate, for all parts (1e-3) or by part (adapter=1e-3,llm=2e-5)",
-    )
-    add(
-        "--warmup",
-        type=between(float, 0, 1),
-        help="share of the steps in which the learning rate rises",
-    )
-    add("--weight-decay", type=between(float, 0), help="AdamW's, of matrices only")
-    add("--image-size", type=between(int, 1), help="pixels per side")
-    add("--grid", type=between(int, 1), help="P: an image becomes P x P visual tokens")
-    add(
-        "--tune",
-        choices=("none", "qv", "full", "inner"),
-        help="what of the LLM trains; default: none, qv, full in "
-        "stages 1, 2, 3; inner: the layers, ends and adapter of a branch, and nothing of the model it is added to",
-    )
-    add("--branch", type=word, help="with --tune inner: the branch's name; default mm")
-    add(
-        "--inner-layers",
-        type=numbers,
-        help="with --tune inner: after which layers one of its own runs (0,1,5,6); "
-        "default: all, of 32 those of IAA",
-    )
-    add(
-        "--adapter",
-        choices=("pool", "resampler", "mlp"),
-        help="kind of adapter; another than --init's starts fresh",
-    )
-    add(
-        "--recompute",
-        action=on_off,
-        help="activation checkpointing: less memory, a third more work",
-    )
-    add("--seed", type=between(int, 0), help="of the batches and of fresh weights; default 0")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add(
-        "--dtype",
-        choices=list(DTYPES),
-        help="of the arithmetic; default: bf16 on cuda, fp32 on cpu; fp64 is for tests",
-    )
-    add(
-        "--workers",
-        type=between(int, 0),
-        help="loader processes per rank; default 8 on cuda, 1 on cpu",
-    )
-    add(
-        "--shard",
-        action="store_true",
-        help="spread weights, gradients and optimizer over the ranks (fully_shard)",
-    )
-    add("--compile", action="store_true", help="torch.compile each layer")
-    add("--log-every", type=between(int, 1), default=10, help="steps between records of log.jsonl")
-    add(
-        "--eval-every",
-        type=between(int, 0),
-        help="steps between held-out evaluations; 0: never; default: 4 a run",
-    )
-    add("--eval-rows", type=between(int, 1), default=128, help="held-out rows of each evaluation")
-    add(
-        "--score-rows",
-        type=between(int, 0),
-        default=100,
-        help="held-out rows of each source that are answered and "
-        "scored at the end, where one process trains; 0: none",
-    )
-    add(
-        "--save-every",
-        type=between(int, 0),
-        help="steps between checkpoints; 0: the last alone; default: 4 a run",
-    )
-    add(
-        "--save-minutes",
-        type=between(float, 0),
-        default=30,
-        help="a checkpoint also after so many minutes; 0: never",
-    )
-    add("--keep", type=between(int, 1), default=2, help="so many of the newest checkpoints stay")
-    add(
-        "--max-bad",
-        type=between(float, 0, 1),
-        default=0.01,
-        help="share of unreadable samples that is put up with",
-    )
-    add(
-        "--timeout",
-        type=between(float, 1),
-        default=1800,
-        help="seconds that ranks wait for one another, the longest "
-        "while rank 0 saves; after that the job ends",
-    )
-    add(
-        "--tensorboard",
-        action="store_true",
-        help="write the records of log.jsonl for tensorboard too",
-    )
-    add(
-        "--plan",
-        action="store_true",
-        help="print what would happen and what it would take; train nothing",
-    )
-    add("--gpus", type=gpus, help="for --plan: how many GPUs of how many GiB, such as 8x80")
-    add("--plot", metavar="DIR", help="draw DIR/loss.png from DIR/log.jsonl, and do nothing else")
-    return p
-
-
-LASTING = (
-    "preset",
-    "data",
-    "steps",
-    "batch",
-    "lr",
-    "warmup",
-    "weight_decay",
-    "image_size",
-    "grid",
-    "adapter",
-    "seed",
-    "dtype",
-    "tune",
-    "branch",
-    "inner_layers",
-)  # what makes a run this run: resuming takes no others
-
-
-def settle(args, stage, world, stored=None, preset=None):
-    """Flags over stored settings over the stage's row of the table, as one flat dictionary, checked."""
-    stored = stored or {}
-    if stored.get("stage", stage) != stage:
+def resolve(args, stage, world):
+    """The Settings of a run; after this nobody looks at the flags."""
+    out = start.stage_folder(args, stage)
+    path = None if args.plan else start.saved(out)
+    if path and not args.resume:
         raise BadInput(
-            f"--stage {stage}: {out_folder(args, stage)} is of stage {stored['stage']}; resume that"
+            f"{out}: holds a run ({path.name}); --resume goes on with it, --out names another folder"
         )
-    preset = args.preset or stored.get("preset") or preset or "toy"
+    stored = weights.read_checked(path, "state.json")["settings"] if path else {}
+    if stored.get("stage", stage) != stage:
+        raise BadInput(f"--stage {stage}: {out} is of stage {stored['stage']}; resume that")
+    origin = path or start.start_from(args, stage)
+    trained = weights.read_checked(origin, "config.json").get("training", {}) if origin else {}
+    preset = args.preset or stored.get("preset") or trained.get("preset") or "toy"
+    tune = args.tune or stored.get("tune") or TUNE[stage]
     table = STAGES.get(preset, OTHERS)
-    tune = args.tune or stored.get("tune") or models.TUNE[stage]
-    row = asdict(table[stage]) | {
-        "lr": peaks(table, stage, tune),
-        "seed": 0,
-        "adapter": None,
-        "dtype": None,
-        "preset": preset,
-        "tune": tune,
-        "branch": "mm",
-        "inner_layers": None,
-    }
-    given = {k: v for k, v in vars(args).items() if v is not None and (k in row or k in LASTING)}
+    row = asdict(table[stage])
+    row["lr"] = peak_rates(table, stage, tune)
+
+    known = {field.name for field in fields(Settings)}
+    given = {k: v for k, v in vars(args).items() if v is not None and k in known}
     if tune != "inner" and {"branch", "inner_layers"} & set(given):
         raise BadInput("--branch and --inner-layers describe what --tune inner trains; add it")
     if "lr" in given:
         given["lr"] = merged_rates(given["lr"], row["lr"], stage)
-    if "data" in given:
-        given["data"] = str(Path(given["data"]))
-    for key in LASTING if stored else ():
-        if key in given and given[key] != stored.get(key):
+    for key in LASTING:
+        if stored and key in given and given[key] != stored.get(key):
             raise BadInput(
-                f"--{key.replace('_', '-')}: the run in {out_folder(args, stage)} has {stored.get(key)} and "
-                f"not {given[key]}; leave it out to resume, or name another --out"
+                f"--{key.replace('_', '-')}: the run in {out} has {stored.get(key)} and not "
+                f"{given[key]}; leave it out to resume, or name another --out"
             )
-    s = row | {k: stored[k] for k in LASTING if k in stored} | given
-    s["stage"] = stage
-    s["data"] = s.get("data") or (f"out/toy/stage{stage}.toml" if preset == "toy" else None)
-    if not s["data"] and not args.plan:
+    cuda = args.device != "cpu" and (torch.cuda.is_available() or bool(args.gpus))
+    own = {"dtype": "bf16" if cuda else "fp32", "workers": 8 if cuda else 1}
+    if preset == "toy":
+        own["data"] = f"out/toy/stage{stage}.toml"
+    lasting = {key: stored[key] for key in LASTING if key in stored}
+    given |= {"stage": stage, "preset": preset, "tune": tune}
+    given |= {"out": out, "start": origin, "resumed": bool(path)}
+    s = Settings(**{"accum": 0, **row, **own, **lasting, **given})
+    if not s.data and not args.plan:
         raise BadInput(
             f"--data: {preset} has no data of its own; name a mixture, such as recipes/stage{stage}.toml"
         )
-    few = max(1, math.ceil(s["batch"] / (world * s["rows"])))
-    s["accum"] = args.accum or next(
-        (n for n in range(few, 8 * few) if s["batch"] % (world * n) == 0), few
-    )
-    if s["batch"] % (world * s["accum"]):
-        raise BadInput(
-            f"--batch {s['batch']} is not divisible by {world} ranks x {s['accum']} micro-batches; "
-            f"the nearest that is: {max(1, round(s['batch'] / world / s['accum'])) * world * s['accum']}"
-        )
-    s["rows"] = s["batch"] // (world * s["accum"])
+    split_batch(s, world)
     return s
 
 
-def peaks(table, stage, tune):
-    """The table's learning rates for what trains; where its own stage leaves the LLM alone, stage 3's for that."""
-    lr = {"llm": table[3].lr["llm"]} | table[stage].lr
-    frozen = {"none": ("llm",), "inner": ("vit",)}.get(tune, ())
-    return {part: lr[part] for part in PARTS if part in lr and part not in frozen}
+def split_batch(s, world):
+    """How many micro-batches a rank takes, of how many rows each."""
+    least = max(1, math.ceil(s.batch / (world * s.rows)))
+    if not s.accum:
+        fitting = [n for n in range(least, 8 * least) if s.batch % (world * n) == 0]
+        s.accum = fitting[0] if fitting else least
+    at_once = world * s.accum
+    if s.batch % at_once:
+        raise BadInput(
+            f"--batch {s.batch} is not divisible by {world} ranks x {s.accum} micro-batches; "
+            f"the nearest that is: {max(1, round(s.batch / at_once)) * at_once}"
+        )
+    s.rows = s.batch // at_once
+
+
+def peak_rates(table, stage, tune):
+    """The row's learning rates of what trains; where the row leaves the LLM alone, stage 3's for that."""
+    rates = {"llm": table[3].lr["llm"]} | table[stage].lr
+    frozen = {"none": "llm", "inner": "vit"}.get(tune)
+    return {part: rates[part] for part in PARTS if part in rates and part != frozen}
 
 
 def merged_rates(given, row, stage):
@@ -418,8 +262,150 @@ def merged_rates(given, row, stage):
     return row | given
 
 
+def rates(text):
+    """'1e-3' for every part, or 'adapter=1e-3,llm=2e-5' for those named."""
+    pairs = [pair.rpartition("=") for pair in text.split(",")]
+    lr = {part: number(float, 0)(value) for part, _, value in pairs}
+    if set(lr) - {"", *PARTS} or ("" in lr and len(lr) > 1):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither 1e-3 nor adapter=1e-3,llm=2e-5")
+    return lr
+
+
+def layers(text):
+    return sorted({number(int, 0)(n) for n in text.split(",")})
+
+
+def gpus(text):
+    count, _, size = text.lower().partition("x")
+    return number(int, 1)(count), number(float, 1)(size)
+
+
+def flags():
+    p = Parser(__doc__)
+    add = p.add_argument
+    on_off = argparse.BooleanOptionalAction
+    yes = dict(action="store_const", const=True)
+    add(
+        "--stage",
+        choices=("1", "2", "3", "all"),
+        help="which row of the table; all: the three in a row",
+    )
+    add(
+        "--preset",
+        choices=sorted(models.PRESETS),
+        help="architecture and table; default: --init's, or toy",
+    )
+    add("--data", help="mixture of training data, a TOML file; default: the toy world in out/toy")
+    add(
+        "--eval-data",
+        help="mixture held out; default: heldout.toml beside --data, where there is one",
+    )
+    add(
+        "--init",
+        help="start from this checkpoint, whole; default: the stage before (toy: assets/toy)",
+    )
+    add("--vit", help="take the ViT from here: eva_vit_g.pth, a CLIP or a BLIP-2 folder")
+    add("--llm", help="take the LLM from here: a LLaMA or Vicuna folder")
+    add("--tokenizer", help="sentencepiece model; default: the one beside --llm or --init")
+    add(
+        "--out",
+        help="folder of the run; default: out/stageN (--stage all: the folder of the three)",
+    )
+    add("--resume", action="store_true", help="go on with the run in --out; its own settings hold")
+    add("--steps", type=number(int, 1), help="updates")
+    add("--batch", type=number(int, 1), help="rows per update over all ranks")
+    add("--accum", type=number(int, 1), help="micro-batches per rank and update")
+    add("--lr", type=rates, help="peak learning rate: 1e-3 for all parts, or adapter=1e-3,llm=2e-5")
+    add("--warmup", type=number(float, 0, 1), help="share of the steps in which the rate rises")
+    add("--weight-decay", type=number(float, 0), help="AdamW's, of matrices only")
+    add("--image-size", type=number(int, 1), help="pixels per side")
+    add("--grid", type=number(int, 1), help="P: an image becomes P x P visual tokens")
+    add(
+        "--tune",
+        choices=(*TUNE.values(), "inner"),
+        help="what of the LLM trains; default: none, qv, full in stages 1, 2, 3; inner: the layers, ends "
+        "and adapter of a branch, and nothing of the model it is added to",
+    )
+    add("--branch", help="with --tune inner: the branch's name; default mm")
+    add(
+        "--inner-layers",
+        type=layers,
+        help="with --tune inner: after which layers one of its own runs (0,1,5,6); default: all, "
+        "of 32 those of IAA",
+    )
+    add("--adapter", choices=ADAPTERS, help="kind of adapter; another than --init's starts fresh")
+    add(
+        "--recompute",
+        action=on_off,
+        help="activation checkpointing: less memory, a third more work",
+    )
+    add("--seed", type=number(int, 0), help="of the batches and of fresh weights; default 0")
+    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
+    add("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on cuda, fp32 on cpu")
+    add(
+        "--workers",
+        type=number(int, 0),
+        help="loader processes per rank; default 8 on cuda, 1 on cpu",
+    )
+    add(
+        "--shard",
+        **yes,
+        help="spread weights, gradients and optimizer over the ranks (fully_shard)",
+    )
+    add("--compile", **yes, help="torch.compile each layer")
+    add("--log-every", type=number(int, 1), help="steps between records of log.jsonl; default 10")
+    add(
+        "--eval-every",
+        type=number(int, 0),
+        help="steps between held-out losses; 0: never; default: 4 a run",
+    )
+    add("--eval-rows", type=number(int, 1), help="held-out rows of each evaluation; default 128")
+    add(
+        "--score-rows",
+        type=number(int, 0),
+        help="held-out rows of each source that are answered and scored at the end, where one process "
+        "trains; default 100; 0: none",
+    )
+    add(
+        "--save-every",
+        type=number(int, 0),
+        help="steps between checkpoints; 0: the last; default: 4 a run",
+    )
+    add(
+        "--save-minutes",
+        type=number(float, 0),
+        help="a checkpoint also after so many; 0: never; default 30",
+    )
+    add("--keep", type=number(int, 1), help="so many of the newest checkpoints stay; default 2")
+    add(
+        "--max-bad",
+        type=number(float, 0, 1),
+        help="share of unreadable samples put up with; default 0.01",
+    )
+    add(
+        "--timeout",
+        type=number(float, 1),
+        default=1800,
+        help="seconds that ranks wait for one another, the longest while rank 0 saves; after that the job "
+        "ends; default 1800",
+    )
+    add("--tensorboard", **yes, help="write the records of log.jsonl for tensorboard too")
+    add(
+        "--plan",
+        action="store_true",
+        help="print what would happen and what it would take; train nothing",
+    )
+    add("--gpus", type=gpus, help="for --plan: how many GPUs of how many GiB, such as 8x80")
+    add("--plot", metavar="DIR", help="draw DIR/loss.png from DIR/log.jsonl, and do nothing else")
+    return p
+
+
 def contradictions(args):
     """Flags that cannot both be meant."""
+    if not args.stage:
+        raise BadInput("--stage: name 1, 2, 3 or all")
+    if args.branch and not args.branch.isidentifier():
+        raise BadInput(f"--branch {args.branch}: a branch's name is a word such as mm")
     if args.shard and "RANK" not in os.environ and not args.plan:
         raise BadInput(
             "--shard spreads the state over several ranks: start with torchrun --nproc_per_node N train.py"
@@ -434,688 +420,555 @@ def contradictions(args):
         raise BadInput("--data is one stage's; run --stage 1, 2 and 3 one by one")
 
 
+# ---------------------------------------------------------------------------------------------------
+# One stage, from its settings to its report
+
+
 @dataclass
 class Run:
-    """All that the loop needs."""
+    """All that the loop and a checkpoint need."""
 
-    s: dict  # settings: settle()
-    args: argparse.Namespace
-    out: Path
-    ranks: "Ranks"
+    s: Settings
+    ranks: Ranks
     model: models.InfMLLM
+    tokenizer: object
+    data: Data
+    held_out: Data | None
     net: torch.nn.Module = None  # the model, or DDP around it: what a forward pass calls
-    tokenizer: Tokenizer = None
-    data: Data = None
-    held_out: Data = None
-    optimizer: torch.optim.AdamW = None
-    base: Path = None  # the checkpoint that a branch in training belongs to
-    originals: dict = (
-        None  # frozen tensors as they were before they were rounded for speed: what is saved
+    optimizer: torch.optim.Optimizer = None
+    base: Path | None = None  # the checkpoint that a branch in training belongs to
+    originals: dict | None = (
+        None  # frozen tensors before they were rounded for speed: what is saved
     )
-    meters: dict = None  # 0-d float64 tensors on the device, read when something is logged
+    meters: dict | None = None  # 0-d float64 tensors on the device, read when something is logged
     step: int = 0  # updates done
     bad: int = 0  # samples that could not be read, over all ranks
 
-    def __post_init__(self):
-        self.rank, self.world, self.device, self.agree = (
-            self.ranks.rank,
-            self.ranks.world,
-            self.ranks.device,
-            self.ranks.agree,
-        )
-
-    @property
-    def dtype(self):
-        return DTYPES[self.s["dtype"]]
-
     def autocast(self):
         # no cache: it would keep a bf16 copy of every trained weight until the forward pass ends
-        return torch.autocast(
-            self.device.type, torch.bfloat16, self.dtype == torch.bfloat16, cache_enabled=False
+        half = self.s.dtype == "bf16"
+        return torch.autocast(self.ranks.device.type, torch.bfloat16, half, cache_enabled=False)
+
+
+def train(args, stage, ranks):
+    """-> whether all steps of the stage are done"""
+    # ---- settings ------------------------------------------------------------------------------
+    s = resolve(args, stage, ranks.world)
+    device, first = ranks.device, ranks.rank == 0
+    if args.resume and not s.resumed and first:
+        print(f"{s.out}: no checkpoint yet, so the run starts from the beginning")
+    state = weights.read_checked(s.start, "state.json") if s.resumed else {"step": 0}
+    if state["step"] >= s.steps:
+        if first:
+            print(f"{s.out}: all {s.steps} steps are done")
+        return True
+    torch.manual_seed(s.seed)
+
+    # ---- model ---------------------------------------------------------------------------------
+    model, origins = start.build(s, say=first)
+    tokenizer = start.find_tokenizer(s, model.config.llm)
+    model.freeze(stage, s.tune)
+
+    # ---- data ----------------------------------------------------------------------------------
+    data, held_out = open_data(s, model.config, tokenizer, ranks)
+    same_everywhere(s, data, ranks)
+    if first:
+        make_folder(s.out)
+        room = (
+            torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
+        )
+        describe(model, s, ranks.world, origins, room)
+        held = counted(held_out.counts) if held_out else "none (--eval-data names one)"
+        print(
+            f"pooling by {pool_path(device.type)}; samples: {counted(data.counts)}; held out: {held}"
+        )
+
+    # ---- onto the device, optimizer --------------------------------------------------------------
+    run = Run(s, ranks, model, tokenizer, data, held_out)
+    if s.tune == "inner":
+        run.base = start.branch_base(s, model, tokenizer, origins, say=first)
+    place(run)
+    run.optimizer = make_optimizer(model, s)
+    run.meters = new_meters(device)
+    if s.resumed:
+        restore(run, state)
+
+    # ---- the loop --------------------------------------------------------------------------------
+    quarter = math.ceil(s.steps / 4)
+    save_every = quarter if s.save_every is None else s.save_every
+    eval_every = quarter if s.eval_every is None else s.eval_every
+    log = Log(s.out, run.step, s.steps, ranks.rank, s.tensorboard)
+    peak = peak_flops(device)
+    saved_at = time.monotonic()
+    signals = []  # those that ask us to save and leave
+    if run.step == 0 and eval_every:
+        show_held_out(run, log)
+    stream = data.batches(
+        run.step,
+        s.steps - run.step,
+        ranks.rank,
+        ranks.world,
+        s.accum,
+        s.workers,
+        pin=device.type == "cuda",
+    )
+    with on_signals(signals.append):
+        while run.step < s.steps:
+            began = time.perf_counter()
+            batches = next(stream)
+            loaded = time.perf_counter()
+            due = first and 0 < s.save_minutes * 60 < time.monotonic() - saved_at
+            supervised, bad, due, leave = ranks.sum(
+                sum(batch.supervised for batch in batches), data.bad, due, len(signals)
+            )
+            if leave:
+                break
+            run.bad = bad
+            check_batches(run, batches, supervised)
+            if peak:
+                flops = sum(arithmetic(model.config, s, batch) for batch in batches)
+                log.flops += flops * ranks.world
+            loss = gradients(run, batches, supervised)
+            update(run, loss, supervised)
+            run.step += 1
+            log.step_done(loaded - began, time.perf_counter() - loaded)
+
+            last = run.step == s.steps
+            if run.step % s.log_every == 0 or last:
+                log_progress(run, log, peak)
+            if last or due or (save_every and run.step % save_every == 0):
+                with log.timed("save"):
+                    log.say(f"saved {save(run)}")
+                saved_at = time.monotonic()
+            if eval_every and (run.step % eval_every == 0 or last):
+                show_held_out(run, log)
+        stream.close()
+        if leave:
+            log.say(f"saved {save(run)}")
+    log.close()
+
+    # ---- report ------------------------------------------------------------------------------------
+    done = run.step == s.steps
+    if first:
+        print(f"memory of a rank at its peak, measured: {peak_memory(device)}")
+        next_command(args, s, run.step)
+    if done and ranks.world == 1 and s.score_rows and held_out and eval_every:
+        final_scores(run)
+    return done
+
+
+def open_data(s, config, tokenizer, ranks):
+    """The mixtures of a run; the toy world is drawn where it is wanted and not there."""
+    if s.preset == "toy" and s.data.startswith("out/toy/") and not Path(s.data).exists():
+        if ranks.rank == 0:
+            import toy
+
+            print("drawing the toy world in out/toy")
+            toy.write("out/toy")
+        ranks.sum(0)  # the others wait until it is drawn
+    common = dict(
+        image_size=config.vit.image_size,
+        visual=config.visual_tokens,
+        context=config.llm.context,
+        seed=s.seed,
+        image_mark=config.image_mark,
+    )
+    # rounding T up makes few shapes, for the GPU's and the compiler's sake; on a CPU it only costs
+    bucket = BUCKET if ranks.device.type == "cuda" or s.compile else 1
+    data = Data(s.data, tokenizer, batch=s.batch, bucket=bucket, **common)
+    held_out = s.eval_data or Path(s.data).with_name("heldout.toml")
+    if not s.eval_data and not held_out.exists():
+        return data, None
+    return data, Data(held_out, tokenizer, train=False, **common)
+
+
+def make_folder(out):
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as e:
+        raise BadInput(f"--out {out}: cannot be made ({e.strerror}); name another") from None
+
+
+def same_everywhere(s, data, ranks):
+    """A rank with other flags or other data would train something that nobody asked for."""
+    mine = json.dumps([asdict(s), data.counts, data.digest], sort_keys=True, default=str)
+    digest = zlib.crc32(mine.encode())
+    if ranks.sum(digest)[0] != digest * ranks.world:
+        raise BadInput(
+            f"rank {ranks.rank} of {ranks.world}: the ranks differ in flags or data; "
+            "start all with the same"
         )
 
 
-def cast(module, dtype, keep, device="cpu", prefix=""):
-    """Masters of what trains in fp32, what is frozen in the dtype of the arithmetic. What loses bits goes to `keep`."""
-    master, finite = torch.promote_types(dtype, torch.float32), {}
-    for name, p in module.named_parameters(prefix):
-        if hasattr(p, "full_tensor"):
-            continue  # sharded, and cast before that
-        to = master if p.requires_grad else dtype
-        if not p.requires_grad and p.dtype != to and keep is not None:
-            keep[name] = p.data
-        p.data = p.data.to(device, to)
-        finite[name] = torch.isfinite(p).all()
-    for name, ok in finite.items():
-        if not ok:
-            raise BadInput(f"{name}: the weights to start from are not finite; take others")
+# ---------------------------------------------------------------------------------------------------
+# Precision and parallelism
 
 
 def place(run):
     """Cast, move, and set up DDP or sharding."""
-    m, args = run.model, run.args
-    run.originals = {} if run.rank == 0 and not run.base else None
-    m.vit.recompute = m.llm.recompute = run.s["recompute"]
-    if args.compile:
+    s, model = run.s, run.model
+    run.originals = {} if run.ranks.rank == 0 and not run.base else None
+    model.vit.recompute = model.llm.recompute = s.recompute
+    if s.compile:
         torch._dynamo.config.recompile_limit = 64  # one a bucket of shapes
-        for layer in models.every_layer(m):
+        for layer in models.every_layer(model):
             layer.compile(dynamic=False)
-    run.net = m
-    if args.shard:
-        return shard(run)
-    cast(m, run.dtype, run.originals, run.device)
-    if run.world > 1:
-        run.net = torch.nn.parallel.DistributedDataParallel(m, gradient_as_bucket_view=True)
+    run.net = model
+    if s.shard:
+        shard(run)
+        return
+    cast(model, s.dtype, run.originals, run.ranks.device)
+    if run.ranks.world > 1:
+        run.net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
+
+
+def cast(module, dtype, originals, device="cpu", prefix=""):
+    """Masters of what trains in fp32, what is frozen in the dtype of the arithmetic.
+
+    A frozen tensor that loses bits goes to `originals` first, if that is a dictionary."""
+    dtype = DTYPES[dtype]
+    master = torch.promote_types(dtype, torch.float32)
+    for name, p in module.named_parameters(prefix):
+        if hasattr(p, "full_tensor"):
+            continue  # sharded, and cast before that
+        to = master if p.requires_grad else dtype
+        if originals is not None and not p.requires_grad and p.dtype != to:
+            originals[name] = p.data
+        p.data = p.data.to(device, to)
+        if not torch.isfinite(p).all():
+            raise BadInput(f"{name}: the weights to start from are not finite; take others")
 
 
 def shard(run):
-    """A group per ViT block and LLM layer, and one for the rest. Moves a layer at a time: no device holds them all."""
+    """fully_shard: a group per ViT block and LLM layer, and one for the rest.
+
+    Moves a layer at a time, so that no device ever holds them all."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
-    mesh = init_device_mesh(run.device.type, (run.world,))
-    half = run.dtype == torch.bfloat16
-    policy = MixedPrecisionPolicy(torch.bfloat16 if half else None, torch.float32 if half else None)
+    mesh = init_device_mesh(run.ranks.device.type, (run.ranks.world,))
+    policy = MixedPrecisionPolicy()
+    if run.s.dtype == "bf16":
+        policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     names = {module: name for name, module in run.model.named_modules()}
     for module in (*models.every_layer(run.model), run.model):
-        cast(module, run.dtype, run.originals, prefix=names[module])
+        cast(module, run.s.dtype, run.originals, prefix=names[module])
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
-def whole(p):
-    """A tensor in one piece on the CPU; of a sharded one every rank must ask for it."""
+def in_one_piece(p):
+    """A tensor on the CPU; of a sharded one every rank must ask for it."""
     p = p.detach()
-    return (p.full_tensor() if hasattr(p, "full_tensor") else p).cpu()
+    if hasattr(p, "full_tensor"):
+        p = p.full_tensor()
+    return p.cpu()
 
 
-def same_everywhere(run):
-    """A rank that was started with other flags or sees other data would train something that nobody asked for."""
-    mine = json.dumps([run.s, run.data.counts, run.data.digest], sort_keys=True, default=str)
-    digest = zlib.crc32(mine.encode())
-    if run.agree(digest)[0] != digest * run.world:
-        raise BadInput(
-            f"rank {run.rank} of {run.world}: the ranks differ in flags or data; start all with the same"
-        )
+def placed_like(p, full):
+    """A whole tensor, placed and sharded as p is."""
+    full = full.to(p.device)
+    if not hasattr(p, "full_tensor"):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    return distribute_tensor(full, p.device_mesh, p.placements)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # One update
+
+
 def learning_rate(s, step):
     """Share of the peak: a linear rise, then a cosine to zero."""
-    rise = max(1, round(s["warmup"] * s["steps"]))
+    rise = max(1, round(s.warmup * s.steps))
     if step < rise:
         return (step + 1) / rise
-    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, s["steps"] - rise)))
+    return 0.5 * (1 + math.cos(math.pi * (step - rise) / max(1, s.steps - rise)))
 
 
-def make_optimizer(run):
-    """A group per part, matrices apart from what must not decay."""
+def make_optimizer(model, s):
+    """AdamW with a group per part, matrices apart from what must not decay."""
     groups = {}
-    for name, p in run.model.named_parameters():
-        if not p.requires_grad:
-            continue
-        matrix = p.ndim >= 2 and name.rpartition(".")[2] not in ("positions", "queries")
-        groups.setdefault((models.part_of(name), matrix), []).append(p)
-    run.optimizer = torch.optim.AdamW(
+    for name, p in model.named_parameters():
+        if p.requires_grad:
+            decays = p.ndim >= 2 and name.split(".")[-1] not in ("positions", "queries")
+            groups.setdefault((models.part_of(name), decays), []).append(p)
+    optimizer = torch.optim.AdamW(
         [
-            {
-                "params": params,
-                "peak": run.s["lr"][part],
-                "weight_decay": run.s["weight_decay"] * matrix,
-            }
-            for (part, matrix), params in groups.items()
+            {"params": params, "peak": s.lr[part], "weight_decay": s.weight_decay * decays}
+            for (part, decays), params in groups.items()
         ],
         betas=BETAS,
         eps=EPS,
         fused=True,
     )
-    for p in (
-        p for params in groups.values() for p in params
-    ):  # torch would wait for the first step, and a
-        run.optimizer.state[p] = {
-            "step": torch.zeros((), device=p.device),  # checkpoint is read before it
-            **{key: torch.zeros_like(p) for key in MOMENTS},
-        }
-    run.meters = {
-        name: torch.zeros((), dtype=torch.float64, device=run.device)
-        for name in ("loss", "tokens", "norm", "skipped", "row", "worst")
-    }
+    for p in trained_parameters(optimizer):  # now, so that a run can be saved before its first step
+        moments = {key: torch.zeros_like(p) for key in MOMENTS}
+        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    return optimizer
+
+
+def trained_parameters(optimizer):
+    return [p for group in optimizer.param_groups for p in group["params"]]
 
 
 def gradients(run, batches, supervised):
-    """Those of sum(loss) / sum(supervised tokens), sums over all ranks and micro-batches. -> this rank's sum(loss)"""
-    total = torch.zeros((), dtype=torch.float64, device=run.device)
+    """Those of sum(loss) / sum(supervised tokens), both over all ranks and micro-batches.
+
+    Returns sum(loss)."""
+    total = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
     for i, batch in enumerate(batches):
-        batch = batch.to(run.device, non_blocking=True)
-        # DDP sends gradients with the last micro-batch alone; a sharded run has no room to hold back whole ones
-        hold = run.net is not run.model and i + 1 < len(batches)
-        with run.net.no_sync() if hold else nullcontext():
+        batch = batch.to(run.ranks.device, non_blocking=True)
+        # DDP sends gradients with the last micro-batch; a sharded run has no room to hold whole ones back
+        hold_back = run.net is not run.model and i + 1 < len(batches)
+        with run.net.no_sync() if hold_back else nullcontext():
             with run.autocast():
                 loss = run.net(
-                    batch.images, batch.tokens, batch.targets, batch.image_at, batch.target_at
+                    batch.images,
+                    batch.tokens,
+                    batch.targets,
+                    batch.image_positions,
+                    batch.target_positions,
                 )
-            (
-                loss * (run.world / supervised)
-            ).backward()  # both DDP and fully_shard average over ranks
+            # DDP and fully_shard average over the ranks, and we want the sum: hence x world
+            (loss * (run.ranks.world / supervised)).backward()
         total += loss.detach()
+    if run.ranks.world > 1:
+        dist.all_reduce(total)
     return total
 
 
-def update(run, batches, supervised):
-    """One step of the optimizer. Nothing in here waits for the device."""
-    loss = gradients(run, batches, supervised)
-    if run.world > 1:
-        dist.all_reduce(loss)
-    norm = torch.nn.utils.get_total_norm(
-        [p.grad for group in run.optimizer.param_groups for p in group["params"]]
-    )
+def update(run, loss, supervised):
+    """Clip and step, or skip where loss or gradient is not finite. Nothing here waits for the device.
+
+    The fused kernel divides gradients by grad_scale, and where found_inf is 1 it leaves parameters and
+    moments as they were: this is how torch's GradScaler talks to it."""
+    optimizer, m = run.optimizer, run.meters
+    norm = torch.nn.utils.get_total_norm([p.grad for p in trained_parameters(optimizer)])
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
-    bad, m = ~(torch.isfinite(norm) & torch.isfinite(loss)), run.meters
-    for group in run.optimizer.param_groups:
+    skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
+    for group in optimizer.param_groups:
         group["lr"] = group["peak"] * learning_rate(run.s, run.step)
-    # torch's GradScaler tells the fused kernel so: it divides gradients by grad_scale, which is all that clipping
-    # takes, and where found_inf is 1 it leaves parameters and moments as they were
-    run.optimizer.grad_scale, run.optimizer.found_inf = (
-        (norm / CLIP).clamp(min=1).float(),
-        bad.float(),
-    )
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    m["loss"] += torch.where(bad, 0.0, loss)
-    m["tokens"] += torch.where(bad, 0.0, supervised)
+    optimizer.grad_scale = (norm / CLIP).clamp(min=1).float()
+    optimizer.found_inf = skip.float()
+    optimizer.step()
+    optimizer.zero_grad()
+    m["loss"] += torch.where(skip, 0.0, loss)
+    m["tokens"] += torch.where(skip, 0.0, supervised)
     m["norm"] = norm.double()
-    m["skipped"] += bad
-    m["row"] = (m["row"] + 1) * bad
-    m["worst"] = torch.maximum(m["worst"], m["row"])
-    run.step += 1
+    m["skipped"] += skip
+    m["in_a_row"] = (m["in_a_row"] + 1) * skip
+    m["most_in_a_row"] = torch.maximum(m["most_in_a_row"], m["in_a_row"])
 
 
-def read_meters(run):
-    """The device's counters as numbers: waits for it. Loss and tokens begin anew."""
-    values = dict(zip(run.meters, torch.stack(list(run.meters.values())).tolist()))
-    run.meters["loss"].zero_(), run.meters["tokens"].zero_()
-    return values
+def new_meters(device):
+    names = ("loss", "tokens", "norm", "skipped", "in_a_row", "most_in_a_row")
+    return {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Checkpoints
+
+
 def save(run):
-    """Write out/stageN/step-K and drop what is older than the last --keep. Every rank takes part, rank 0 writes."""
-    path = run.out / f"step-{run.step:08d}"
+    """Write out/stageN/step-K and drop all but the newest --keep. Every rank takes part, rank 0 writes."""
+    s, first = run.s, run.ranks.rank == 0
+    path = s.out / f"step-{run.step:08d}"
     tensors, optimizer = {}, {}
     for name, p in run.model.named_parameters():
+        if not first and not hasattr(p, "full_tensor"):
+            continue  # rank 0 has it in one piece
         if run.base and not p.requires_grad:
             continue  # a branch is saved without its base
-        if run.rank and not hasattr(p, "full_tensor"):
-            continue  # every rank has it in one piece
-        tensors[name] = whole(p)
+        value = in_one_piece(p)
+        moments = {}
         if p.requires_grad:
-            optimizer |= {f"{name}.{key}": whole(run.optimizer.state[p][key]) for key in MOMENTS}
-        if run.rank:
-            tensors, optimizer = {}, {}  # it has helped to gather, and keeps none of it
-    if run.rank:
+            state = run.optimizer.state[p]
+            moments = {f"{name}.{key}": in_one_piece(state[key]) for key in MOMENTS}
+            optimizer["steps"] = state["step"]  # the same for all: skipped updates do not count
+        if first:
+            tensors[name] = value
+            optimizer |= moments
+    if not first:
         return path
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise BadInput(
-                f"step {run.step}: {name} is no longer finite and is not saved; {whole_one(run.out)}; "
-                "lower --lr"
+                f"step {run.step}: {name} is no longer finite and is not saved; {newest(s.out)}; lower --lr"
             )
     tensors |= run.originals or {}
-    meters = {k: v.item() for k, v in run.meters.items() if k not in ("norm", "worst")}
+    lasting = {key: getattr(s, key) for key in ("stage", *LASTING)}
     state = {
         "step": run.step,
-        "settings": run.s,
-        "meters": meters,
+        "settings": lasting,
+        "meters": {
+            k: v.item() for k, v in run.meters.items() if k not in ("norm", "most_in_a_row")
+        },
         "counts": run.data.counts,
         "digest": run.data.digest,
         "bad": run.bad,
     }
-    training = {k: run.s[k] for k in ("stage", *LASTING)} | {"step": run.step}
+    training = lasting | {"step": run.step}
     try:
         weights.save(
-            path,
-            (run.model.config, tensors),
-            run.tokenizer,
-            training,
-            optimizer | {"steps": next(iter(run.optimizer.state.values()))["step"]},
-            state,
-            run.base,
+            path, (run.model, tensors), run.tokenizer, training, optimizer, state, run.base
         )
-        prune(run.out, run.args.keep)
+        prune(s.out, s.keep)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(path.with_name(path.name + ".new"), ignore_errors=True)
         raise BadInput(
-            f"{path}: the checkpoint cannot be written ({e}); {whole_one(run.out)}; "
-            "make room and --resume"
+            f"{path}: the checkpoint cannot be written ({e}); {newest(s.out)}; make room and --resume"
         ) from None
     return path
 
 
-def whole_one(out):
-    steps = sorted(p.name for p in out.glob("step-*") if p.name[5:].isdigit())
-    return f"the last whole one is {out / steps[-1]}" if steps else "there is none before it"
+def checkpoints(out):
+    return sorted(p for p in out.glob("step-*") if p.name[5:].isdigit())
+
+
+def newest(out):
+    steps = checkpoints(out)
+    return f"the last whole one is {steps[-1]}" if steps else "there is none before it"
 
 
 def prune(out, keep):
-    steps = sorted(p for p in out.glob("step-*") if p.name[5:].isdigit())
-    for old in [*steps[:-keep], *out.glob("step-*.new")]:
-        shutil.rmtree(old, True)  # .new: a save that was killed
+    for old in [*checkpoints(out)[:-keep], *out.glob("step-*.new")]:  # .new: a save that was killed
+        shutil.rmtree(old, ignore_errors=True)
 
 
-def restore(run, path, state):
-    """Optimizer, counters and place in the data, so that the run goes on as if it had not stopped."""
+def restore(run, state):
+    """Optimizer, counters and place in the data: the run goes on as if it had not stopped."""
+    path, data = run.s.start, run.data
+    if (state["counts"], state["digest"]) != (data.counts, data.digest):
+        raise BadInput(
+            f"{run.s.data}: the data have changed since {path} ({state['counts']}, now {data.counts} or "
+            f"other texts); bring the old ones back, or start a new run with --init {path}"
+        )
+    run.step = state["step"]
     run.bad = state["bad"]
-    if run.rank == 0:
-        run.data.bad = run.bad  # the ranks' counts are summed
-    run.meters = {k: v + state["meters"].get(k, 0.0) for k, v in run.meters.items()}
-    if (state["counts"], state.get("digest", run.data.digest)) != (
-        run.data.counts,
-        run.data.digest,
-    ):
-        raise BadInput(
-            f"{run.s['data']}: the data have changed since {path} ({state['counts']}, now {run.data.counts} "
-            f"or other texts); bring the old ones back, or start a new run with --init {path}"
-        )
+    if run.ranks.rank == 0:
+        data.bad = run.bad  # the ranks' counts are summed
+    for name, meter in run.meters.items():
+        meter += state["meters"].get(name, 0.0)
     stored = weights.load_tensors(path / "optimizer.safetensors")
-    slots = {
-        f"{name}.{key}": run.optimizer.state[p][key]
-        for name, p in run.model.named_parameters()
-        if p.requires_grad
-        for key in MOMENTS
-    }
-    if odd := sorted(set(stored) ^ {"steps", *slots}):
+    trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
+    expected = {f"{name}.{key}" for name in trained for key in MOMENTS} | {"steps"}
+    if expected != set(stored):
+        odd = ", ".join(sorted(expected ^ set(stored))[:5])
         raise BadInput(
-            f"{path}: its optimizer state is another model's ({', '.join(odd[:5])}); take another"
+            f"{path}: its optimizer state is another model's ({odd}); take another, or start a new run with --init {path}"
         )
-    for key, slot in slots.items():
-        slot.copy_(like(slot, stored[key]))
-    for state in run.optimizer.state.values():
-        state["step"].copy_(stored["steps"])
+    for name, p in trained.items():
+        slots = run.optimizer.state[p]
+        slots["step"].copy_(stored["steps"])
+        for key in MOMENTS:
+            slots[key].copy_(placed_like(p, stored[f"{name}.{key}"]))
 
 
-def like(p, full):
-    """A whole tensor, placed and sharded as p is."""
-    if not hasattr(p, "full_tensor"):
-        return full.to(p.device)
-    from torch.distributed.tensor import distribute_tensor
-
-    return distribute_tensor(full.to(p.device), p.device_mesh, p.placements)
+# ---------------------------------------------------------------------------------------------------
+# What a person sees
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# The loop, and what a person sees of it
-def train(run, asked):
-    """Updates until --steps, or until one of the ranks is asked to leave. -> whether all were done"""
-    s, args = run.s, run.args
-    log, peak = (
-        Log(run.out, run.step, s["steps"], run.rank, args.tensorboard),
-        peak_flops(run.device),
-    )
-    quarter = math.ceil(s["steps"] / 4)
-    save_every, eval_every = (
-        quarter if n is None else n or math.inf for n in (args.save_every, args.eval_every)
-    )
-    saved, saved_at = time.monotonic(), run.step
-    if run.step == 0 and eval_every < math.inf:
-        show(run, log)
-    stream = run.data.batches(
-        run.step,
-        s["steps"] - run.step,
-        run.rank,
-        run.world,
-        s["accum"],
-        args.workers,
-        pin=run.device.type == "cuda",
-    )
-    while run.step < s["steps"]:
-        start = time.perf_counter()
-        batches = next(stream)
-        loaded = time.perf_counter()
-        due = run.rank == 0 and 0 < args.save_minutes * 60 < time.monotonic() - saved
-        supervised, bad, due, leave = run.agree(
-            sum(b.supervised for b in batches), run.data.bad, due, len(asked)
-        )
-        if leave:
-            break
-        check(run, batches, supervised, bad)
-        if peak:
-            log.flops += sum(arithmetic(run.model.config, s, b) for b in batches) * run.world
-        update(run, batches, supervised)
-        log.seconds["load"] += loaded - start
-        log.seconds["update"] += time.perf_counter() - loaded
-        log.bar.update()
-        last = run.step == s["steps"]
-        if run.step % args.log_every == 0 or last:
-            progress(run, log, peak)
-        if run.step % save_every == 0 or due or last:
-            start = time.perf_counter()
-            log.say(f"saved {save(run)}")
-            log.seconds["save"] += time.perf_counter() - start
-            saved, saved_at = time.monotonic(), run.step
-        if eval_every < math.inf and (run.step % eval_every == 0 or last):
-            show(run, log)
-    stream.close()
-    if saved_at != run.step:
-        log.say(f"saved {save(run)}")
-    log.bar.close()
-    if run.rank == 0:
-        print(f"memory of a rank at its peak, measured: {peak_memory(run.device) / GIB:.2f} GiB")
-    return run.step == s["steps"]
-
-
-def check(run, batches, supervised, bad):
-    """Name what could not be read, and stop where there is too much of it or nothing to learn."""
-    s, seen, run.bad = run.s, run.s["batch"] * (run.step + 1), bad
-    news = [" ".join(sentence.split()) for batch in batches for sentence in batch.bad]
-    if news:
-        with open(run.out / "unreadable.txt", "a") as f:
-            f.writelines(f"step {run.step}: {text}\n" for text in news)
-    if bad > run.args.max_bad * max(seen, 1000):  # no verdict from the first few samples
+def check_batches(run, batches, supervised):
+    """Name what could not be read; stop where there is too much of it, or nothing to learn."""
+    s = run.s
+    sentences = [" ".join(sentence.split()) for batch in batches for sentence in batch.bad]
+    if sentences:
+        with open(s.out / "unreadable.txt", "a") as file:
+            file.writelines(f"step {run.step}: {sentence}\n" for sentence in sentences)
+    seen = s.batch * (run.step + 1)
+    if run.bad > s.max_bad * max(seen, 1000):  # no verdict from the first few samples
         raise BadInput(
-            f"{s['data']}: {bad} of {seen} samples were unreadable, more than --max-bad {run.args.max_bad}; "
-            f"mend or remove those in {run.out / 'unreadable.txt'}"
+            f"{s.data}: {run.bad} of {seen} samples were unreadable, more than --max-bad {s.max_bad}; "
+            f"mend or remove those in {s.out / 'unreadable.txt'}"
         )
     if not supervised:
         raise BadInput(
-            f"{s['data']}: no token of step {run.step}'s batch is supervised, so there is nothing to learn; "
+            f"{s.data}: no token of step {run.step}'s batch is supervised, so there is nothing to learn; "
             "look at its answers, or shorten its prompts"
         )
 
 
-def progress(run, log, peak):
+def log_progress(run, log, peak):
     """The only place of the loop that waits for the device."""
-    meters = read_meters(run)
-    lr = {part: rate * learning_rate(run.s, run.step - 1) for part, rate in run.s["lr"].items()}
-    log.progress(run.step, run.s["batch"], lr, meters, run.bad, peak and peak * run.world)
-    if meters["worst"] >= PATIENCE:
+    s = run.s
+    values = torch.stack(list(run.meters.values())).tolist()
+    meters = dict(zip(run.meters, values))
+    run.meters["loss"].zero_()
+    run.meters["tokens"].zero_()
+    rates = {part: rate * learning_rate(s, run.step - 1) for part, rate in s.lr.items()}
+    log.progress(run.step, s.batch, rates, meters, run.bad, peak and peak * run.ranks.world)
+    if meters["most_in_a_row"] >= SKIPS:
         raise BadInput(
-            f"step {run.step}: {PATIENCE} updates in a row had no finite gradient and were skipped; "
-            f"lower --lr or look at the data; the last good checkpoint is in {run.out}"
+            f"step {run.step}: {SKIPS} updates in a row had no finite gradient and were skipped; lower "
+            f"--lr or look at the data; the last good checkpoint is in {s.out}"
         )
 
 
-def show(run, log):
-    """Held-out loss of every source, and one example of each, written by the model as it is now."""
+def show_held_out(run, log):
+    """Held-out loss of every source, and one answer for each by the model as it is now."""
     if run.held_out is None:
         return
-    began = time.perf_counter()
-    with torch.compiler.set_stance("force_eager") if run.args.compile else nullcontext():
-        losses, lines = evaluate(run), examples(run)
-    log.write({"step": run.step, "held_out": losses})
-    log.say(
-        f"step {run.step}  held-out loss: "
-        + ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-    )
-    for line in lines:
-        log.say(line)
-    log.since += time.perf_counter() - began  # this is not training's time
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Start to end
-def open_data(run):
-    """The mixtures of a run; the toy world is drawn where it is wanted and not there."""
-    s, args, c = run.s, run.args, run.model.config
-    if not Path(s["data"]).exists() and s["preset"] == "toy" and s["data"].startswith("out/toy/"):
-        if run.rank == 0:
-            import toy
-
-            print("drawing the toy world in out/toy")
-            toy.write("out/toy")
-        run.agree(0)  # the others wait until it is drawn
-    common = dict(
-        image_size=c.vit.image_size,
-        visual=c.visual_tokens,
-        context=c.llm.context,
-        seed=s["seed"],
-        image_mark=c.image_mark,
-    )
-    few_shapes = (
-        run.device.type == "cuda" or args.compile
-    )  # eager on a CPU, rounding T up only costs
-    run.data = Data(
-        s["data"], run.tokenizer, batch=s["batch"], bucket=BUCKET if few_shapes else 1, **common
-    )
-    held = args.eval_data or Path(s["data"]).with_name("heldout.toml")
-    if args.eval_data or Path(held).exists():
-        run.held_out = Data(held, run.tokenizer, train=False, **common)
-
-
-def prepare(args, stage, ranks):
-    """A Run that is ready to train, or None where it is finished already."""
-    out, path, state = out_folder(args, stage), None, {}
-    try:
-        path = weights.find(out)
-    except BadInput:
-        if args.resume and ranks.rank == 0:
-            print(f"{out}: no checkpoint yet, so the run starts from the beginning")
-    if path and not args.resume:
-        raise BadInput(
-            f"{out}: holds a run ({path.name}); --resume goes on with it, --out names another folder"
-        )
-    if path:
-        state = weights.read_checked(path, "state.json")
-    start, why = (
-        (path, "resumed; --init, --vit and --llm are for new runs")
-        if path
-        else start_from(args, stage)
-    )
-    before = weights.read_checked(start, "config.json").get("training") or {} if start else {}
-    s = settle(args, stage, ranks.world, state.get("settings"), before.get("preset"))
-    s["dtype"] = s["dtype"] or ("bf16" if ranks.device.type == "cuda" else "fp32")
-    if state and state["step"] >= s["steps"]:
-        if ranks.rank == 0:
-            print(f"{out}: all {s['steps']} steps are done")
-        return None
-    if start and ranks.rank == 0:
-        print(f"stage {stage} starts from {start} ({why})")
-    model, names = (
-        (weights.load(path), dict.fromkeys(PARTS, path)) if path else build(args, s, start)
-    )
-    run = Run(s, args, out, ranks, model, step=state.get("step", 0))
-    run.tokenizer = Tokenizer(path) if path else find_tokenizer(args, start)
-    if run.tokenizer.size > model.config.llm.vocab:
-        raise BadInput(
-            f"--tokenizer: has {run.tokenizer.size} pieces and the LLM {model.config.llm.vocab} embeddings; "
-            "take the one that belongs to it"
-        )
-    torch.manual_seed(s["seed"])
-    open_data(run)
-    model.freeze(stage, s["tune"])
-    same_everywhere(run)
-    if ranks.rank == 0:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as e:
-            raise BadInput(f"--out {out}: cannot be made ({e.strerror}); name another") from None
-        describe(model, s, ranks.world, names, args.shard, total_memory(ranks.device))
-        print(
-            f"pooling by {pool_path(ranks.device.type)}; samples: {counted(run.data.counts)}; held out: "
-            + (counted(run.held_out.counts) if run.held_out else "none (--eval-data names one)")
-        )
-    if s["tune"] == "inner":
-        run.base = base_of(run, path, start, names)
-    place(run)
-    make_optimizer(run)
-    if path:
-        restore(run, path, state)
-    return run
-
-
-def plan(args):
-    """Everything that would happen, from the architecture alone: no weights, no GPU, no training."""
-    world, room = args.gpus or (int(os.environ.get("WORLD_SIZE", 1)), None)
-    cuda = args.gpus or torch.cuda.is_available()
-    for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
-        try:
-            start = start_from(args, stage)[0]
-        except BadInput:
-            start = None  # not there yet: the preset says what it would be
-        described_by = weights.read_checked(start, "config.json") if start else {}
-        s = settle(args, stage, world, preset=described_by.get("training", {}).get("preset"))
-        s["dtype"] = s["dtype"] or ("bf16" if cuda else "fp32")
-        like = (
-            models.Config(**described_by["model"])
-            if described_by
-            else models.PRESETS[s["preset"]]()
-        )
-        s["inner_layers"] = inner_layers(s, like.llm) if s["tune"] == "inner" else None
-        c = described(
-            like,
-            like.vit,
-            replace(
-                like.llm, branches={s["branch"]: s["inner_layers"]} if s["inner_layers"] else {}
-            ),
-            s,
-        )
-        with torch.device("meta"):
-            model = models.InfMLLM(c)
-        model.use(s["branch"] if s["inner_layers"] else None).freeze(stage, s["tune"])
-        names = {"vit": args.vit, "adapter": None, "llm": args.llm}
-        names = {part: name or start or "the preset" for part, name in names.items()}
-        describe(model, s, world, names, args.shard, room and room * GIB)
-        rows = s["steps"] * s["batch"]
-        print(
-            f"{s['steps']} steps = {rows:,} rows, {rows * c.visual_tokens:,} visual tokens; assumed: {s['text']} "
-            f"text tokens a row, {s['answer']} of them supervised"
-        )
-        if s["data"] and Path(s["data"]).exists():
-            sources = load_mixture(s["data"])
-            total = sum(map(len, sources))
-            print(
-                f"samples: {counted({x.name: len(x) for x in sources})}; {rows / total:.1f} epochs of {total:,}"
-            )
-        else:
-            print(
-                f"samples: not counted ({s['data']} is not there)"
-                if s["data"]
-                else "samples: no --data to count"
-            )
-        flops = s["batch"] * sum(models.flops(c, s["text"], s["answer"], *tuning(s)).values())
-        print(
-            f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; "
-            + measured_time(out_folder(args, stage), s["steps"])
-        )
-
-
-def command(argv):
-    args = flags().parse_args(argv)
-    if args.plot:
-        return plot(args.plot)
-    if not args.stage:
-        raise BadInput("--stage: name 1, 2, 3 or all")
-    contradictions(args)
-    if args.plan:
-        return plan(args)
-    rank, world, device = setup_ranks(args.device, args.timeout)
-    many = world > 1 and device.type == "cuda"
-    host = dist.new_group(backend="gloo", timeout=timedelta(seconds=args.timeout)) if many else None
-    if args.workers is None:
-        args.workers = 8 if device.type == "cuda" else 1
-    for stage in (1, 2, 3) if args.stage == "all" else (int(args.stage),):
-        run = prepare(args, stage, Ranks(rank, world, device, host))
-        args.init = args.vit = args.llm = None  # with --stage all: where the first one starts
-        if run is None:
-            continue
-        asked = []  # signals that want us to save and leave
-        with on_signals(asked.append):
-            done = train(run, asked)
-        if rank == 0:
-            farewell(run, done)
-        exam = run.out, run.held_out and run.held_out.sources[0].toml, args.score_rows
-        run = None  # makes room for the model that is examined
-        if done and world == 1 and all(exam) and args.eval_every != 0:
-            final_scores(*exam)
-        if not done:
-            break
-    if world > 1:
-        gc.collect()  # DDP goes first: were it the last to hold the group, freeing it could wait for gloo for ever
-        dist.destroy_process_group()
-
-
-def main(argv=None):
-    try:
-        try:
-            with on_signals(at_once):
-                command(argv)
-            sys.stdout.flush()
-        except (BadInput, OSError, RuntimeError) as e:
-            return complain(e, "train.py")
-    except BaseException:  # a bug: its traceback would keep the loaders alive
-        end_loaders()
-        raise
-    return 0
-
-
-def farewell(run, done):
-    """The loss curve, and the next command to type."""
-    stage, out = run.s["stage"], run.out
-    named = f" --out {out}" if run.args.out and run.args.stage != "all" else ""
-    tuned = f" --tune inner --branch {run.s['branch']}" if run.base else ""
-    if not done:
-        return print(
-            f"stopped at step {run.step}; python train.py --stage {run.args.stage}{named} --resume goes on"
-        )
-    plot(out)
-    if stage == 3:
-        print(f"next: python sample.py --ckpt {out} --image PICTURE")
-    elif run.args.stage != "all":
-        named = f" --init {out} --out {out.with_name(f'stage{stage + 1}')}" if named else ""
-        print(
-            f"next: python train.py --stage {stage + 1}{tuned}{named}"
-            + " --data MIXTURE.toml" * bool(run.args.data)
-        )
-
-
-def ordered(data, source, limit, run):
-    """The first `limit` samples of a source as this rank's batches: as many on every rank, which sharding needs."""
-    count, step = min(limit, len(source)), run.s["rows"] * run.world
-    for start in range(0, count, step):
-        numbers = range(start + run.rank, min(start + step, count), run.world)
-        samples = [data.sample(source, n, 0) for n in numbers or [0]]
-        batch = collate(samples, data.tokenizer.pad, data.visual, data.image_size)
-        if numbers:
-            yield batch
-        else:
-            yield replace(batch, target_at=torch.full_like(batch.target_at, -1), supervised=0)
+    with log.paused(), torch.compiler.set_stance("force_eager") if run.s.compile else nullcontext():
+        losses, lines = held_out_loss(run), examples(run)
+        log.write({"step": run.step, "held_out": losses})
+        said = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        log.say(f"step {run.step}  held-out loss: {said}")
+        for line in lines:
+            log.say(line)
 
 
 @torch.no_grad()
-def evaluate(run):
-    """{source: held-out loss per supervised token}, summed over the ranks before it is divided."""
+def held_out_loss(run):
+    """{source: loss per supervised token}, summed over the ranks before it is divided."""
     sources = run.held_out.sources
-    sums = torch.zeros(2, len(sources), dtype=torch.float64, device=run.device)
+    sums = torch.zeros(2, len(sources), dtype=torch.float64, device=run.ranks.device)
     for i, source in enumerate(sources):
-        for batch in ordered(run.held_out, source, run.args.eval_rows, run):
-            batch = batch.to(run.device, non_blocking=True)
+        for batch in held_out_batches(run, source):
+            batch = batch.to(run.ranks.device, non_blocking=True)
             with run.autocast():
                 sums[0, i] += run.model(
-                    batch.images, batch.tokens, batch.targets, batch.image_at, batch.target_at
+                    batch.images,
+                    batch.tokens,
+                    batch.targets,
+                    batch.image_positions,
+                    batch.target_positions,
                 )
             sums[1, i] += batch.supervised
-    if run.world > 1:
+    if run.ranks.world > 1:
         dist.all_reduce(sums)
-    return {
-        source.name: loss / max(tokens, 1) for source, loss, tokens in zip(sources, *sums.tolist())
-    }
+    pairs = zip(sources, *sums.tolist())
+    return {source.name: loss / max(tokens, 1) for source, loss, tokens in pairs}
+
+
+def held_out_batches(run, source):
+    """This rank's share of the first --eval-rows samples; as many batches on every rank, as sharding needs."""
+    data, rank, world = run.held_out, run.ranks.rank, run.ranks.world
+    count = min(run.s.eval_rows, len(source))
+    together = run.s.rows * world
+    for begin in range(0, count, together):
+        numbers = range(begin + rank, min(begin + together, count), world)
+        samples = [data.sample(source, number, 0) for number in numbers or [0]]
+        batch = collate(samples, data.tokenizer.pad, data.visual, data.image_size)
+        if not numbers:  # nothing is left for this rank: a batch that does not count
+            nowhere = torch.full_like(batch.target_positions, -1)
+            batch = replace(batch, target_positions=nowhere, supervised=0)
+        yield batch
 
 
 @torch.no_grad()
 def examples(run):
-    """A held-out sample of each source with the model's own answer. A sharded model needs every rank to take part."""
-    from sample import generate
-
-    if run.args.shard:
-        run.model.unshard()
-    elif run.rank:
+    """A held-out sample of each source with the model's own answer."""
+    if run.s.shard:
+        run.model.unshard()  # every rank takes part
+    elif run.ranks.rank:
         return []
     lines = []
     for source in run.held_out.sources:
         item = next(run.held_out.samples(source.name))
         with run.autocast():
-            said = generate(
+            said = sample.generate(
                 run.model,
                 run.tokenizer,
                 [item.images],
@@ -1123,50 +976,123 @@ def examples(run):
                 TASKS[item.task].pad,
                 max_new_tokens=48,
             )[0]
-        wanted = item.turns[0][1]
+        truth = item.turns[0][1]
         asked = item.prompt.split(run.model.config.image_mark)[-1].strip()[-60:]
-        line = f"  {source.name}: {asked!r} -> {said!r}" + f", not {wanted!r}" * (said != wanted)
-        box = parse_box(wanted)
-        lines.append(line + (f" (IoU {metrics.iou(parse_box(said), box):.2f})" if box else ""))
-    if run.args.shard:
+        line = f"  {source.name}: {asked!r} -> {said!r}"
+        if said != truth:
+            line += f", not {truth!r}"
+        if box := parse_box(truth):
+            line += f" (IoU {iou(parse_box(said), box):.2f})"
+        lines.append(line)
+    if run.s.shard:
         run.model.reshard()
     return lines
 
 
-def final_scores(out, mixture, rows):
-    """What evaluate.py says of a finished run, with its contact sheet, and a column for every stage beside it."""
-    import evaluate as evaluation
-
+def final_scores(run):
+    """What evaluate.py says of the finished model, with its contact sheet, and a column for each stage."""
+    out = run.s.out
     shutil.rmtree(out / "evaluation", ignore_errors=True)
-    argv = [
-        "--ckpt",
-        str(out),
-        "--data",
-        str(mixture),
-        "--limit",
-        str(rows),
-        "--beams",
-        "1",
-        "--min-new-tokens",
-        "0",
-        "--batch",
-        "50",
-        "--out",
-        str(out / "evaluation"),
-        "--sheet",
-        str(out / "sheet.png"),
-    ]
-    print("python evaluate.py", *argv)
+    print(f"answers to {run.s.score_rows} held-out samples of each source:")
     try:
-        evaluation.examine(evaluation.parse(argv))
+        run.model.eval()
+        with run.autocast():
+            evaluate.evaluate(
+                run.model,
+                run.tokenizer,
+                run.held_out.sources[0].toml,
+                out / "evaluation",
+                limit=run.s.score_rows,
+                batch=50,
+                sheet=out / "sheet.png",
+                beams=1,
+                min_new_tokens=0,
+            )
     except BadInput as e:
-        return print(f"not scored: {e}")  # the run is done and saved all the same
-    stage_table(
-        [p for p in sorted(out.parent.glob("stage[123]")) if p <= out]
-        if out.name[:-1] == "stage"
-        else [out]
-    )
+        print(f"not scored: {e}")  # the run is done and saved all the same
+        return
+    stage_table(out)
     print(f"right and wrong answers: {out / 'sheet.png'}")
+
+
+def next_command(args, s, step):
+    """The loss curve, and the next command to type."""
+    named = f" --out {s.out}" if args.out and args.stage != "all" else ""
+    if step < s.steps:
+        print(
+            f"stopped at step {step}; python train.py --stage {args.stage}{named} --resume goes on"
+        )
+        return
+    plot(s.out)
+    if s.stage == 3:
+        print(f"next: python sample.py --ckpt {s.out} --image PICTURE")
+    elif args.stage != "all":
+        tuned = f" --tune inner --branch {s.branch}" if s.tune == "inner" else ""
+        if named:
+            named = f" --init {s.out} --out {s.out.with_name(f'stage{s.stage + 1}')}"
+        data = " --data MIXTURE.toml" if args.data else ""
+        print(f"next: python train.py --stage {s.stage + 1}{tuned}{named}{data}")
+
+
+# ---------------------------------------------------------------------------------------------------
+# Commands
+
+
+def plan(args, stage):
+    """Everything that would happen, from the architecture alone: no weights, no GPU, no training."""
+    world, room = args.gpus or (int(os.environ.get("WORLD_SIZE", 1)), None)
+    s = resolve(args, stage, world)
+    model, origins = start.build_on_meta(s)
+    model.freeze(stage, s.tune)
+    describe(model, s, world, origins, room and room * GIB)
+    rows = s.steps * s.batch
+    visual = model.config.visual_tokens
+    print(
+        f"{s.steps} steps = {rows:,} rows, {rows * visual:,} visual tokens; assumed: {s.text} text tokens "
+        f"a row, {s.answer} of them supervised"
+    )
+    if s.data and Path(s.data).exists():
+        counts = {source.name: len(source) for source in load_mixture(s.data)}
+        total = sum(counts.values())
+        print(f"samples: {counted(counts)}; {rows / total:.1f} epochs of {total:,}")
+    elif s.data:
+        print(f"samples: not counted ({s.data} is not there)")
+    else:
+        print("samples: no --data to count")
+    flops = s.batch * arithmetic(model.config, s)
+    print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; {measured_time(s.out, s.steps)}")
+
+
+def command(argv):
+    args = flags().parse_args(argv)
+    if args.plot:
+        plot(args.plot)
+        return
+    contradictions(args)
+    stages = (1, 2, 3) if args.stage == "all" else (int(args.stage),)
+    if args.plan:
+        for stage in stages:
+            plan(args, stage)
+        return
+    ranks = setup_ranks(args.device, args.timeout)
+    for stage in stages:
+        if not train(args, stage, ranks):
+            break
+        args.init = args.vit = args.llm = None  # with --stage all: where the first one starts
+    ranks.close()
+
+
+def main(argv=None):
+    try:
+        with on_signals(stop_at_once):
+            command(argv)
+        sys.stdout.flush()
+    except (BadInput, OSError, RuntimeError) as e:
+        return complain(e, "train.py")
+    except BaseException:  # a bug: its traceback would wait for the loaders for ever
+        end_loaders()
+        raise
+    return 0
 
 
 if __name__ == "__main__":

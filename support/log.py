@@ -1,12 +1,13 @@
-"""While a run goes on: log.jsonl, the progress line, the loss curve, the table of stages."""
+"""While a run goes on and afterwards: log.jsonl, the progress line, the loss curve, the table of stages."""
 
 import json
 import math
 import re
 import resource
-import sys
 import time
+from contextlib import contextmanager
 from pathlib import Path
+from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -14,95 +15,77 @@ from tqdm import tqdm
 from support.errors import BadInput
 
 
-def stage_table(folders):
-    """A column a run: the scores that its evaluation left. Of a score by types, the lowest type."""
-    columns = {}
-    for folder in (f for f in folders if (f / "evaluation/scores.json").is_file()):
-        for source, scores in json.loads((folder / "evaluation/scores.json").read_text()).items():
-            typed = {name: s["score"] for name, s in scores.items() if name.startswith("type ")}
-            found = {name: f"{s['score']:.3f}" for name, s in scores.items() if name not in typed}
-            lowest = min(typed, key=typed.get, default=None)
-            if lowest:
-                found["lowest type"] = f"{typed[lowest]:.3f} {lowest.removeprefix('type ')}"
-            for name, text in found.items():
-                columns.setdefault((source, name), {})[folder] = text
-    print(
-        f"\n{'held out, answers generated':<42}"
-        + "".join(f"{folder.name:<22}" for folder in folders)
-    )
-    for (source, name), texts in columns.items():
-        print(
-            f"{source + '  ' + name:<42}"
-            + "".join(f"{texts.get(folder, ''):<22}" for folder in folders)
-        )
-
-
 class Log:
     """log.jsonl, the progress bar and tensorboard, on rank 0; on the others nothing."""
 
     def __init__(self, out, step, steps, rank, tensorboard=False):
-        self.file, self.step, self.steps, self.quiet, self.board = (
-            out / "log.jsonl",
-            step,
-            steps,
-            rank > 0,
-            None,
-        )
-        self.since, self.flops, self.seconds = (
-            time.perf_counter(),
-            0,
-            {"load": 0.0, "update": 0.0, "save": 0.0},
-        )
+        self.file = out / "log.jsonl"
+        self.step, self.steps = step, steps
+        self.quiet = rank > 0
+        self.board = None
         self.bar = tqdm(
             total=steps, initial=step, unit="step", disable=True if self.quiet else None
         )
+        self.begin()
         if self.quiet:
             return
         # a run that was killed may have logged steps that its checkpoint does not know: they come again
-        keep(self.file, lambda line: logged_step(line) <= step)
-        keep(
-            out / "unreadable.txt",
-            lambda line: int((re.match(r"step (\d+):", line) or (0, step))[1]) < step,
-        )
+        keep_lines(self.file, lambda line: logged_step(line) <= step)
+        keep_lines(out / "unreadable.txt", lambda line: unreadable_step(line) < step)
         if tensorboard:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise BadInput(
-                    "--tensorboard: it is not installed; pip install tensorboard"
-                ) from None
-            self.board = SummaryWriter(str(out))
+            self.board = open_tensorboard(out)
+
+    def begin(self):
+        self.since = time.perf_counter()
+        self.flops = 0
+        self.seconds = {"load": 0.0, "update": 0.0, "save": 0.0}
+
+    def step_done(self, load, update):
+        self.seconds["load"] += load
+        self.seconds["update"] += update
+        self.bar.update()
+
+    @contextmanager
+    def timed(self, what):
+        began = time.perf_counter()
+        yield
+        self.seconds[what] += time.perf_counter() - began
+
+    @contextmanager
+    def paused(self):
+        """The time of the block is not training's."""
+        began = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - began
 
     def write(self, record):
         if self.quiet:
             return
         try:
-            with open(self.file, "a") as f:
-                f.write(json.dumps(record) + "\n")
+            with open(self.file, "a") as file:
+                file.write(json.dumps(record) + "\n")
         except OSError as e:
             raise BadInput(
                 f"{self.file}: cannot be written ({e}); make room and --resume"
             ) from None
-        if not self.board:
-            return
-        for key, value in (record | record.get("held_out", {})).items():
-            if isinstance(value, (int, float)) and key != "step":
-                self.board.add_scalar(key, value, record["step"])
-        self.board.flush()
+        if self.board:
+            for key, value in (record | record.get("held_out", {})).items():
+                if isinstance(value, (int, float)) and key != "step":
+                    self.board.add_scalar(key, value, record["step"])
+            self.board.flush()
 
     def say(self, text):
         if not self.quiet:
             tqdm.write(text)
 
     def progress(self, step, batch, lr, meters, bad, peak):
-        """One record of the steps since the last."""
-        now, steps = time.perf_counter(), step - self.step
-        took, loss = now - self.since, meters["loss"] / max(meters["tokens"], 1)
-        norm = meters["norm"] if math.isfinite(meters["norm"]) else None
+        """One record of the steps since the last, and the progress line."""
+        steps = step - self.step
+        took = time.perf_counter() - self.since
         record = {
             "step": step,
-            "loss": loss,
-            "grad_norm": norm,
+            "loss": meters["loss"] / max(meters["tokens"], 1),
+            "grad_norm": meters["norm"] if math.isfinite(meters["norm"]) else None,
             "lr": lr,
             "samples_per_s": batch * steps / took,
             "tokens_per_s": meters["tokens"] / took,
@@ -113,43 +96,46 @@ class Log:
         }
         self.write(record)
         shown = {
-            "loss": f"{loss:.3f}",
+            "loss": f"{record['loss']:.3f}",
             "lr": f"{max(lr.values()):.1e}",
             "samples/s": f"{record['samples_per_s']:.0f}",
             "tokens/s": f"{record['tokens_per_s']:.0f}",
         }
         if peak:
             shown["MFU"] = f"{record['mfu']:.0%}"
-        if meters["skipped"]:
-            shown["skipped"] = record["skipped"]
-        if bad:
-            shown["bad"] = bad
+        shown |= {key: record[key] for key in ("skipped", "bad") if record[key]}
         self.bar.set_postfix(shown)
         if self.bar.disable:
-            self.say(
-                f"step {step}/{self.steps}  " + "  ".join(f"{k} {v}" for k, v in shown.items())
-            )
-        self.step, self.since, self.flops, self.seconds = (
-            step,
-            now,
-            0,
-            dict.fromkeys(self.seconds, 0.0),
-        )
+            line = "  ".join(f"{key} {value}" for key, value in shown.items())
+            self.say(f"step {step}/{self.steps}  {line}")
+        self.step = step
+        self.begin()
+
+    def close(self):
+        self.bar.close()
 
 
-def keep(file, wanted):
-    """The lines of a file that are wanted; half a line at its end is not."""
-    if not file.exists():
-        return
-    part = file.with_suffix(".new")
-    part.write_text(
-        "".join(
-            line
-            for line in file.read_text().splitlines(True)
-            if line.endswith("\n") and wanted(line)
-        )
-    )
-    part.replace(file)
+def open_tensorboard(out):
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise BadInput("--tensorboard: it is not installed; pip install tensorboard") from None
+    return SummaryWriter(str(out))
+
+
+def keep_lines(file, wanted):
+    """Keep the lines of a file that are wanted; half a line at its end is not."""
+    if file.exists():
+        lines = file.read_text().splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and wanted(line)]
+        part = file.with_suffix(".new")
+        part.write_text("".join(kept))
+        part.replace(file)
+
+
+def unreadable_step(line):
+    found = re.match(r"step (\d+):", line)
+    return int(found[1]) if found else -1
 
 
 def logged_step(line):
@@ -161,15 +147,21 @@ def logged_step(line):
 
 def records(folder):
     file = Path(folder) / "log.jsonl"
-    if not file.is_file():
-        return []
-    return [
-        json.loads(line) for line in file.read_text().splitlines() if logged_step(line) < math.inf
-    ]
+    lines = file.read_text().splitlines() if file.is_file() else []
+    return [json.loads(line) for line in lines if logged_step(line) < math.inf]
+
+
+def peak_memory(device):
+    """The most memory that this process has held, on its GPU or else in RAM."""
+    if device.type == "cuda":
+        held = torch.cuda.max_memory_allocated(device)
+    else:
+        held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return f"{held / 2**30:.2f} GiB"
 
 
 def measured_time(out, steps):
-    timed = [r for r in records(out) if "seconds" in r]
+    timed = [record for record in records(out) if "seconds" in record]
     if not timed:
         return f"time per step: not measured (no run in {out})"
     seconds = timed[-1]["seconds"]["step"]
@@ -177,22 +169,18 @@ def measured_time(out, steps):
 
 
 def plot(folder):
-    """DIR/loss.png where matplotlib is installed, and a curve of characters where it is not."""
+    """Draw DIR/loss.png."""
+    folder = Path(folder)
     log = records(folder)
     curve = [(r["step"], r["loss"]) for r in log if "loss" in r]
-    held = [
-        (r["step"], sum(r["held_out"].values()) / len(r["held_out"]))
-        for r in log
-        if "held_out" in r
-    ]
+    held = [(r["step"], mean(r["held_out"].values())) for r in log if "held_out" in r]
     if not curve:
-        raise BadInput(
-            f"{Path(folder) / 'log.jsonl'}: no record of a step; name the folder of a run"
-        )
+        raise BadInput(f"{folder / 'log.jsonl'}: no record of a step; name the folder of a run")
     try:
         from matplotlib.figure import Figure  # pyplot would take a second more to import
     except ImportError:
-        return text_curve(curve)
+        print(f"no {folder / 'loss.png'}: matplotlib is not installed; pip install matplotlib")
+        return
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(*zip(*curve), label="training", linewidth=1)
@@ -200,20 +188,35 @@ def plot(folder):
         axes.plot(*zip(*held), "o-", label="held out, mean of the sources")
     axes.set(xlabel="step", ylabel="loss per supervised token", title=str(folder))
     axes.legend()
-    figure.savefig(Path(folder) / "loss.png", dpi=120, bbox_inches="tight")
-    print(f"drew {Path(folder) / 'loss.png'}")
+    figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
+    print(f"drew {folder / 'loss.png'}")
 
 
-def text_curve(curve, width=60):
-    top = max(loss for _, loss in curve)
-    for step, loss in curve[:: max(1, len(curve) // 20)]:
-        print(f"{step:>8} {loss:>8.3f} " + "#" * round(width * loss / top))
+def stage_table(out):
+    """The scores that evaluation has left in this run's folder and in those of the stages before it."""
+    folders = [out]
+    if re.fullmatch(r"stage[123]", out.name):
+        folders = [folder for folder in sorted(out.parent.glob("stage[123]")) if folder <= out]
+    columns = {}
+    for folder in folders:
+        file = folder / "evaluation/scores.json"
+        if not file.is_file():
+            continue
+        for source, scores in json.loads(file.read_text()).items():
+            for name, text in summary(scores).items():
+                columns.setdefault((source, name), {})[folder] = text
+    heads = "".join(f"{folder.name:<22}" for folder in folders)
+    print(f"\n{'held out, answers generated':<42}{heads}")
+    for (source, name), texts in columns.items():
+        cells = "".join(f"{texts.get(folder, ''):<22}" for folder in folders)
+        print(f"{source + '  ' + name:<42}{cells}")
 
 
-def peak_memory(device):
-    """The most bytes that this rank has held: on its GPU, or of RAM since the process began."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (
-        1 if sys.platform == "darwin" else 1024
-    )
+def summary(scores):
+    """{metric: score as text}; of a score by types the lowest."""
+    types = {name: s["score"] for name, s in scores.items() if name.startswith("type ")}
+    texts = {name: f"{s['score']:.3f}" for name, s in scores.items() if name not in types}
+    if types:
+        lowest = min(types, key=types.get)
+        texts["lowest type"] = f"{types[lowest]:.3f} {lowest.removeprefix('type ')}"
+    return texts

@@ -1,5 +1,6 @@
 """Signals, and loader processes that never outlive their trainer."""
 
+import atexit
 import ctypes
 import multiprocessing
 import os
@@ -7,14 +8,19 @@ import signal
 import sys
 from contextlib import contextmanager, suppress
 
+STOPS = (signal.SIGTERM, signal.SIGINT)
+# how loaders start, whatever Python would do: with fork the trainer is their parent, whose end they notice
+LOADERS = "fork" if sys.platform == "linux" else None
+
 
 @contextmanager
-def on_signals(do, numbers=(signal.SIGTERM, signal.SIGINT)):
-    """These signals call `do`, in this process alone: a loader process, forked, leaves when we do."""
+def on_signals(do, numbers=STOPS):
+    """These signals call `do` in this process alone; in a loader that was forked from it they do nothing."""
     pid = os.getpid()
 
     def act(number, frame):
-        return do(number) if os.getpid() == pid else None
+        if os.getpid() == pid:
+            do(number)
 
     before = {number: signal.signal(number, act) for number in numbers}
     try:
@@ -24,51 +30,46 @@ def on_signals(do, numbers=(signal.SIGTERM, signal.SIGINT)):
             signal.signal(number, handler)
 
 
-METHOD = (
-    "fork" if sys.platform == "linux" else None
-)  # of loader processes, whatever Python would do: a child of
-#                                        the helper that newer Pythons fork from outlives a training that was killed
-
-
 @contextmanager
-def deaf():
-    """SIGTERM and SIGINT are held back; from what is forked in here, for good."""
+def held_back():
+    """SIGTERM and SIGINT wait until the end of the block; in what is forked inside it, for good."""
     if not hasattr(signal, "pthread_sigmask"):
         yield
         return
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM, signal.SIGINT))
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def stay(worker):
-    """A loader process outlives the signals that a terminal or a scheduler sends to all. It leaves when its parent
-    does, which may have a step to finish; by itself it would wait for ever to write into a pipe that nobody reads."""
-    for number in (signal.SIGTERM, signal.SIGINT):
+def follow_the_trainer(worker):
+    """Start of a loader process: it ignores the signals that a terminal or a scheduler sends to all, as the
+    trainer may have a step to finish, and it ends when the trainer does, however that ends."""
+    for number in STOPS:
         signal.signal(number, signal.SIG_IGN)
     if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(
-            1, signal.SIGKILL
-        )  # PR_SET_PDEATHSIG: this signal when the parent has gone
+        PR_SET_PDEATHSIG = 1
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
         if os.getppid() != multiprocessing.parent_process().pid:
-            os._exit(1)  # it went before that line
+            os._exit(1)  # the trainer had gone before that line
 
 
+@atexit.register
 def end_loaders():
-    """At once: they pass by the SIGTERM that Python sends at its end, after which it would wait for them for ever. What
-    torch says of a loader that was killed is not wanted here."""
+    """Kill them: they ignore the SIGTERM that Python sends at its end, and it would wait for ever."""
     if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch has nothing to say about their end
     for child in multiprocessing.active_children():
         child.kill()
 
 
-def at_once(number):
-    """A signal while no step is under way: nothing is to be saved. No exception, as C libraries lose some of them."""
+def stop_at_once(number):
+    """A signal while no step is under way: nothing is to be saved.
+
+    No exception is raised, as libraries in C lose some of them."""
     end_loaders()
     os.write(2, b"train.py: stopped while no step was under way; --resume goes on\n")
-    with suppress(RuntimeError):
-        sys.stdout.flush()  # the signal may have come in the midst of a print
+    with suppress(RuntimeError):  # the signal may have come in the midst of a print
+        sys.stdout.flush()
     os._exit(130)

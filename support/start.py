@@ -1,6 +1,6 @@
-"""Where a run's weights come from: the stage before, a checkpoint, files of others; and the branch that is put on them.
+"""Where weights come from: the run itself, the stage before, a checkpoint, files of others.
 
-`args` are train.py's flags and `s` its settings (train.settle).
+`args` are train.py's flags, and `s` the train.Settings that were made of them.
 """
 
 import os
@@ -9,104 +9,154 @@ from pathlib import Path
 
 import torch
 
+import iaa
 import model as models
 import weights
 from support.errors import BadInput
-from text.tokenizer import Tokenizer
+from support.files import read_json
+from text import Tokenizer
 
-TOY_START = Path(os.path.relpath(Path(__file__).parent / "assets/toy"))
+TOY_START = Path(os.path.relpath(Path(__file__).parent.parent / "assets/toy"))
 
 
-def out_folder(args, stage):
+def stage_folder(args, stage):
     if args.stage == "all":
         return Path(args.out or "out") / f"stage{stage}"
     return Path(args.out or f"out/stage{stage}")
 
 
+def saved(folder):
+    """The newest checkpoint of a run, None where it has saved nothing yet."""
+    try:
+        return weights.find(folder)
+    except BadInput:
+        return None
+
+
 def start_from(args, stage):
-    """The checkpoint to start from, or None where --vit and --llm say it all; and where its name comes from."""
+    """The checkpoint that a new run starts from; None where --vit and --llm say it all."""
+    pieces = args.vit and args.llm
     if args.init:
-        return weights.find(args.init), "--init"
+        return weights.find(args.init)
     if stage > 1:
-        before = out_folder(args, stage).parent / f"stage{stage - 1}"
-        try:
-            return weights.find(before), f"stage {stage - 1}'s output"
-        except BadInput:
-            if args.vit and args.llm:
-                return None, ""
-            raise BadInput(
-                f"{before}: stage {stage} starts from stage {stage - 1}'s output, which is not there; run "
-                f"python train.py --stage {stage - 1} first, or name a start with --init"
-            ) from None
-    if args.vit and args.llm:
-        return None, ""
+        before = stage_folder(args, stage).parent / f"stage{stage - 1}"
+        path = saved(before)
+        if path or pieces or args.plan:
+            return path
+        raise BadInput(
+            f"{before}: stage {stage} starts from stage {stage - 1}'s output, which is not there; run "
+            f"python train.py --stage {stage - 1} first, or name a start with --init"
+        )
+    if pieces:
+        return None
     if args.preset in (None, "toy") and not args.vit and not args.llm:
-        if not (TOY_START / "model.safetensors").is_file():
-            raise BadInput(
-                f"{TOY_START}: the toy's backbones are not there; python -m tools.backbones makes them"
-            )
-        return TOY_START, "the toy's stand-ins for pretrained backbones"
+        if (TOY_START / "model.safetensors").is_file():
+            return TOY_START
+        raise BadInput(
+            f"{TOY_START}: the toy's backbones are not there; python -m tools.backbones makes them"
+        )
+    if args.plan:
+        return None
     raise BadInput(
-        f"stage 1 of {args.preset or 'toy'} starts from --vit and --llm, or from --init; name both, or that"
+        f"stage 1 of {args.preset or 'toy'} starts from --vit and --llm, or from --init; "
+        "name both, or that"
     )
 
 
-def build(args, s, path):
-    """The model of a new run on the CPU, in the files' dtypes, and {part: where it comes from}."""
-    base = weights.load(path, dtype=None) if path else None
-    preset = models.PRESETS[s["preset"]]()
-    vit = weights.load_vit(args.vit, dtype=None) if args.vit else base.vit
-    llm = weights.load_llama(args.llm, dtype=None) if args.llm else base.llm
-    like = base.config if base else preset
-    if s["image_size"]:
-        resize(vit, s["image_size"])
-    config = described(like, vit.config, llm.config, s)
+def build(s, say=True):
+    """The model of a run on the CPU, in the files' dtypes, and {part: where it comes from}."""
+    if s.start and say:
+        why = ""
+        if s.resumed:
+            why = " (resumed; --init, --vit and --llm are for new runs)"
+        elif s.start == TOY_START:
+            why = " (the toy's stand-ins for pretrained backbones)"
+        print(f"stage {s.stage} starts from {s.start}{why}")
+    base = weights.load(s.start) if s.start else None
+    if s.resumed:
+        return base, dict.fromkeys(models.PARTS, s.start)
+    if isinstance(base, iaa.BranchedInfMLLM):
+        return continued_branch(s, base), dict.fromkeys(models.PARTS, s.start)
+    vit = weights.load_vit(s.vit, dtype=None) if s.vit else base.vit
+    llm = weights.load_llama(s.llm, dtype=None) if s.llm else base.llm
+    config = described(s, base.config if base else None, vit.config, llm.config)
+    vit.resize(config.vit.image_size)
     with torch.device("meta"):
         model = models.InfMLLM(config)
     model.vit, model.llm = vit, llm
-    names = {"vit": args.vit or path, "llm": args.llm or path, "adapter": path}
-    want = {k: p.shape for k, p in model.adapter.named_parameters()}
-    have = {k: p.shape for k, p in base.adapter.named_parameters()} if base else {}
-    if want == have:
+    origins = {"vit": s.vit or s.start, "llm": s.llm or s.start, "adapter": s.start}
+    if base and shapes(base.adapter) == shapes(model.adapter):
+        base.adapter.grid = config.grid
         model.adapter = base.adapter
     else:
-        names["adapter"] = (
-            "fresh" if base is None else f"fresh ({config.adapter}; {path} has another)"
-        )
-        models.init(model.adapter.to_empty(device="cpu"), s["seed"])
-    if s["tune"] == "inner":
-        take_branch(args, s, model, path)
-    elif model.llm.branches:
-        raise BadInput(
-            f"{path}: is a branch, {', '.join(model.llm.branches)}; --tune inner trains it on, --init names "
-            "another start"
-        )
-    return model.resize(vit.config.image_size), names
+        models.init(model.adapter.to_empty(device="cpu"), s.seed)
+        origins["adapter"] = "fresh"
+        if base:
+            origins["adapter"] += f" ({config.adapter}; {s.start} has another)"
+    if s.tune == "inner":
+        s.inner_layers = inner_layers(s, llm.config)
+        model = iaa.grow(model, s.branch, s.inner_layers)
+    return model, origins
 
 
-def take_branch(args, s, model, path):
-    """The branch that trains, alone: the one that was loaded, or a new one that computes the base's function."""
-    name, has = s["branch"], model.llm.config.branches
-    if has and (args.vit or args.llm):
-        raise BadInput(f"{path}: is a branch and keeps its base; no --vit, no --llm")
-    for other in set(has) - {name}:
-        del has[other], model.llm.branches[other]
-    if s["inner_layers"] and has.get(name, s["inner_layers"]) != s["inner_layers"]:
+def shapes(module):
+    return {name: p.shape for name, p in module.named_parameters()}
+
+
+def described(s, like, vit, llm):
+    """The Config of a run: `like`, or the preset, with the stage's image size, grid and adapter."""
+    like = like or models.PRESETS[s.preset]()
+    adapter = s.adapter or like.adapter
+    ln_vision = like.ln_vision if adapter == like.adapter else adapter != "mlp"
+    try:
+        vit = replace(vit, image_size=s.image_size or vit.image_size)
+        grid = s.grid or like.grid
+        return replace(like, vit=vit, llm=llm, adapter=adapter, grid=grid, ln_vision=ln_vision)
+    except AssertionError as e:
+        raise BadInput(f"--image-size {s.image_size}, --grid {s.grid}: {e}; take others") from None
+
+
+def build_on_meta(s):
+    """The same for --plan: shapes without weights, from the start's description or the preset."""
+    like, branch = None, None
+    if s.start:
+        like, branch = weights.describe(s.start)
+    like = like or models.PRESETS[s.preset]()
+    with torch.device("meta"):
+        model = models.InfMLLM(described(s, like, like.vit, like.llm))
+        if s.tune == "inner":
+            s.inner_layers = branch["after"] if branch else inner_layers(s, like.llm)
+            fresh = iaa.Branch(like.llm, s.branch, s.inner_layers, model.adapter)
+            model = iaa.compose(model, fresh)
+    origins = {"vit": s.vit, "adapter": None, "llm": s.llm}
+    return model, {part: name or s.start or "the preset" for part, name in origins.items()}
+
+
+def continued_branch(s, model):
+    """A branch that was trained before, in another stage."""
+    branch = model.branch
+    if s.tune != "inner":
         raise BadInput(
-            f"--inner-layers: {path} has the branch {name} after {has[name]}; leave it out"
+            f"{s.start}: is a branch, {branch.name}; --tune inner trains it on, --init names another start"
         )
-    if name in has:
-        model.use(name)
-    else:
-        model.grow(name, inner_layers(s, model.llm.config))
-    s["inner_layers"] = has[name]
+    if s.vit or s.llm:
+        raise BadInput(f"{s.start}: is a branch and keeps its base; no --vit, no --llm")
+    if s.branch != branch.name:
+        raise BadInput(f"--branch {s.branch}: {s.start} is the branch {branch.name}; name that")
+    if s.inner_layers not in (None, branch.after):
+        raise BadInput(
+            f"--inner-layers: {s.start} has the branch {branch.name} after {branch.after}; leave it out"
+        )
+    s.inner_layers = branch.after
+    config = described(s, model.config, model.config.vit, model.config.llm)
+    return model.resize(config.vit.image_size, config.grid)
 
 
 def inner_layers(s, llm):
     """After which layers of the LLM one of the branch runs."""
-    inner = s["inner_layers"] or (
-        weights.IAA_INNER if llm.layers == 32 else list(range(llm.layers))
-    )
+    inner = s.inner_layers
+    if inner is None:
+        inner = weights.IAA_INNER if llm.layers == 32 else list(range(llm.layers))
     if 0 <= inner[0] and inner[-1] < llm.layers:
         return inner
     raise BadInput(
@@ -114,52 +164,104 @@ def inner_layers(s, llm):
     )
 
 
-def base_of(run, path, start, names):
-    """The checkpoint that a run's branch is added to: where it starts, or, if that is pieced together, one written."""
-    whole = path or start
-    if path or set(names.values()) == {start}:
-        described = weights.read_checked(whole, "config.json")
-        return weights.base_of(whole, described) if "base" in described else whole
-    c, base = run.model.config, run.out / "base"
-    if run.rank == 0:
-        tensors = {
-            n: p for n, p in run.model.named_parameters() if not n.startswith(models.BRANCHES)
-        }
-        weights.save(base, (replace(c, llm=replace(c.llm, branches={})), tensors), run.tokenizer)
-        print(f"the base, which the branch's checkpoints name, is written to {base}")
-    return base
+def branch_base(s, model, tokenizer, origins, say=True):
+    """The checkpoint that a run's branch is added to; written where the base was pieced together."""
+    if s.start and set(origins.values()) == {s.start}:
+        return weights.base_of(s.start) or s.start
+    path = s.out / "base"
+    if say:
+        weights.save(path, model.base, tokenizer)
+        print(f"the base, which the branch's checkpoints name, is written to {path}")
+    return path
 
 
-def resize(vit, image_size):
-    try:
-        vit.resize(image_size)
-    except AssertionError as e:
-        raise BadInput(f"--image-size {image_size}: {e}; take a multiple") from None
-
-
-def described(like, vit, llm, s):
-    """The Config of a run: `like`, with the stage's image size and grid, and the kind of adapter asked for."""
-    try:
-        if s["image_size"]:
-            vit = replace(vit, image_size=s["image_size"])
-        adapter = s["adapter"] or like.adapter
-        ln_vision = like.ln_vision if adapter == like.adapter else adapter != "mlp"
-        return replace(
-            like,
-            vit=vit,
-            llm=llm,
-            adapter=adapter,
-            grid=s["grid"] or like.grid,
-            ln_vision=ln_vision,
+def find_tokenizer(s, llm):
+    """The tokenizer that belongs to the LLM: the one named, or the one beside the weights."""
+    places = [s.start] if s.resumed else [s.tokenizer, s.llm, s.start]
+    place = next((place for place in places if place), None)
+    if place is None:
+        raise BadInput(
+            "--tokenizer: none beside the weights; name a sentencepiece model (tokenizer.model)"
         )
-    except AssertionError as e:
-        raise BadInput(f"--image-size, --grid: {e}; take others") from None
+    tokenizer = Tokenizer(place)
+    if tokenizer.size > llm.vocab:
+        raise BadInput(
+            f"--tokenizer: has {tokenizer.size} pieces and the LLM {llm.vocab} embeddings; "
+            "take the one that belongs to it"
+        )
+    return tokenizer
 
 
-def find_tokenizer(args, path):
-    for place in (args.tokenizer, args.llm, path):
-        if place:
-            return Tokenizer(place)
+# ---------------------------------------------------------------------------------------------------
+# For answering: a model from wherever it comes
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def newest():
+    """The checkpoint that was written last in out/stage1, out/stage2, ..."""
+    found = Path("out").glob("stage*/step-*[0-9]/config.json")
+    path = max(found, key=lambda path: path.stat().st_mtime, default=None)
+    if path is None:
+        raise BadInput(
+            "out/: holds no trained model; python train.py --stage all makes one, "
+            "or name one with --ckpt"
+        )
+    return path.parent
+
+
+def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
+    """(model, tokenizer) from our directory, a LLaVA-1.5 folder or the released InfMLLM file.
+
+    path: the newest of out/ if not given. tokenizer: where the checkpoint brings none. dtype: fp32 or
+    bf16. branch: see with_branch."""
+    cuda = torch.cuda.is_available()
+    device = torch.device(device or ("cuda" if cuda else "cpu"))
+    if device.type == "cuda" and not cuda:
+        raise BadInput(f"--device {device}: torch finds no GPU; use --device cpu")
+    dtype = DTYPES[dtype or ("fp32" if device.type == "cpu" else "bf16")]
+    path = Path(path or newest())
+    if path.name == "model.safetensors":
+        path = path.parent
+    model, folder = open_checkpoint(path, dtype)
+    if not tokenizer and not (folder / "tokenizer.model").is_file():
+        raise BadInput(f"{folder}: has no tokenizer.model; name LLaMA's with --tokenizer")
+    tokenizer = Tokenizer(tokenizer or folder)
+    vocab = model.config.llm.vocab
+    if tokenizer.size > vocab:
+        raise BadInput(
+            f"{tokenizer.path}: has {tokenizer.size} pieces, more than the {vocab} of {path}; "
+            "name the tokenizer that belongs to the model"
+        )
+    if branch:
+        model = with_branch(model, branch, dtype)
+    return model.to(device).eval(), tokenizer
+
+
+def open_checkpoint(path, dtype):
+    """(model, the folder it lies in)"""
+    if path.is_file():
+        return weights.load_infmllm(path, models.PRESETS["infmllm-7b"](), dtype), path.parent
+    config = path / "config.json"
+    kind = read_json(config).get("model_type") if config.is_file() else None
+    if kind == "IAA":
+        raise BadInput(f"{path}: {weights.LLAMA_3}; weights.load_iaa reads its weights")
+    if kind:
+        return weights.load_llava(path, dtype), path
+    folder = weights.find(path)
+    return weights.load(folder, dtype=dtype), folder
+
+
+def with_branch(model, branch, dtype=None):
+    """The model with the branch that is saved in a folder, with its own, or, for "none", without one."""
+    own = model.branch.name if isinstance(model, iaa.BranchedInfMLLM) else "none"
+    if branch == "none":
+        return model.text_model
+    if branch == own:
+        return model
+    if Path(branch).exists():
+        return weights.add_branch(model, branch, dtype)
     raise BadInput(
-        "--tokenizer: none beside the weights; name a sentencepiece model (tokenizer.model)"
+        f"--branch {branch}: is neither a folder nor a branch of the model, which has {own}; "
+        "name a branch's folder"
     )

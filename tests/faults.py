@@ -25,6 +25,7 @@ import torch
 
 import sample
 import support.log
+import support.start
 import train
 import weights.checkpoint
 import weights.files
@@ -285,7 +286,7 @@ def try_damaged(world, out, capsys, folder, percents, flips, rng, whole):
         if code:
             assert folder.name in one_sentence(capsys, code), (file, what)
             with pytest.raises(BadInput):
-                sample.load_model(folder, device="cpu")
+                support.start.load_model(folder, device="cpu")
             refused += 1
         else:  # then it must be as if nothing had happened
             assert contents(weights.checkpoint.find(out)) == whole, (file, what)

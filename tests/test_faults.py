@@ -72,7 +72,7 @@ def test_sigterm_and_ctrl_c_at_any_moment_save_what_was_done_and_lose_nothing(wo
 def test_a_signal_while_the_data_are_opened_ends_it_at_once_without_a_traceback(
     world, here, monkeypatch
 ):
-    def interrupted(run):
+    def interrupted(*args):
         os.kill(os.getpid(), signal.SIGTERM)
         os._exit(99)
 
@@ -286,7 +286,7 @@ def poisoned(folder, name, value):
     weights.files.save_tensors(tensors, folder / "model.safetensors")
     sums = json.loads((folder / "checksums.json").read_text())
     file = folder / "model.safetensors"
-    sums[file.name] = [file.stat().st_size, weights.checkpoint.checksum(file)]
+    sums[file.name] = weights.checkpoint.checksum(file)
     (folder / "checksums.json").write_text(json.dumps(sums))
     return folder
 
@@ -543,15 +543,12 @@ def test_a_tar_that_is_cut_before_or_under_a_run_is_said_and_so_is_a_source_that
     one_sentence(capsys, run(*argv), "cannot be read as an image")
 
 
-def test_an_index_that_a_killed_process_left_half_written_is_swept_and_a_damaged_one_made_anew(
-    here, tmp_path
-):
+def test_a_damaged_index_is_made_anew(here, tmp_path):
     world = vqa_world(here / "w", 24)
     opened = lambda: load_mixture(world / "out/toy/stage1.toml")[0]
-    first, folder = opened().bytes, here / "cache/nanoinfmllm"
-    (folder / "x.77.part").write_bytes(b"half"), os.utime(folder / "x.77.part", (1, 1))
-    for file in folder.glob("*.npy"):
+    first, folder = opened().lengths, here / "cache/nanoinfmllm"
+    for file in folder.glob("*.npz"):
         raw = bytearray(file.read_bytes())
         raw[len(raw) // 2] ^= 1
         file.write_bytes(raw)
-    assert opened().bytes.tolist() == first.tolist() and not list(folder.glob("*.part"))
+    assert opened().lengths.tolist() == first.tolist()

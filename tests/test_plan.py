@@ -4,6 +4,7 @@ import json
 import re
 import sys
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -57,18 +58,22 @@ def test_a_plan_counts_data_and_reads_the_time_of_a_run(capsys, monkeypatch, tmp
     )
 
 
-def saved_bytes(config, s):
+def settings(**changed):
+    common = dict(stage=3, tune=None, rows=3, text=40, answer=8, dtype="fp32", recompute=False)
+    return SimpleNamespace(**common | dict(shard=False, inner_layers=None) | changed)
+
+
+def saved_numbers(model, s):
     """What autograd keeps of a forward pass, parameters and their views apart. A CPU has no kernel for RMSNorm, so
     where its weight trains autograd keeps the normalised input as well: that does not count."""
-    model = init(InfMLLM(config)).use(s.get("branch")).freeze(s["stage"], s.get("tune"))
-    T, answer, kept = config.visual_tokens + s["text"], s["answer"], {}
+    config, kept = model.config, {}
     weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    tokens = torch.randint(0, config.llm.vocab, (s["rows"], T))
+    T = config.visual_tokens + s.text
+    tokens = torch.randint(0, config.llm.vocab, (s.rows, T))
     tokens[:, : config.visual_tokens] = -1
-    targets = torch.where(torch.arange(T) < T - answer, -100, tokens)
-    images = torch.zeros(
-        s["rows"], 3, config.vit.image_size, config.vit.image_size, dtype=torch.uint8
-    )
+    targets = torch.where(torch.arange(T) < T - s.answer, -100, tokens)
+    size = config.vit.image_size
+    images = torch.zeros(s.rows, 3, size, size, dtype=torch.uint8)
 
     def pack(t):
         storage = t.untyped_storage()
@@ -80,45 +85,39 @@ def saved_bytes(config, s):
         loss = model(images, tokens, targets)
     del loss
     norms = sum(m.weight.requires_grad for m in model.llm.modules() if isinstance(m, RMSNorm))
-    return sum(kept.values()) - norms * tokens.numel() * config.llm.width * 4
+    return sum(kept.values()) / 4 - norms * tokens.numel() * config.llm.width
 
 
 @pytest.mark.parametrize(
     "stage, tune", [(1, None), (2, None), (3, None), (1, "full"), (3, "qv"), (2, "none")]
 )
 def test_the_memory_of_layers_is_what_autograd_keeps_of_them(stage, tune):
-    s = {
-        "stage": stage,
-        "tune": tune,
-        "rows": 3,
-        "text": 40,
-        "answer": 8,
-        "dtype": "fp32",
-        "recompute": False,
-    }
-    make = lambda layers: Config(
-        ViTConfig(32, 4, 32, layers, 4, 96), LlamaConfig(128, 64, layers, 4, 2, 160), grid=4
-    )
-    few, many = make(2), make(6)  # the ends are equal and fall out
-    calculated = support.plan.kept(many, s) - support.plan.kept(few, s)
-    assert calculated == pytest.approx(saved_bytes(many, s) - saved_bytes(few, s), rel=0.03)
+    s, calculated, measured = settings(stage=stage, tune=tune), [], []
+    for layers in (2, 6):  # the ends are equal and fall out
+        vit = ViTConfig(32, 4, 32, layers, 4, 96)
+        model = init(InfMLLM(Config(vit, LlamaConfig(128, 64, layers, 4, 2, 160), grid=4)))
+        model.freeze(stage, tune)
+        calculated.append(support.plan.activations(model, s))
+        measured.append(saved_numbers(model, s))
+    assert calculated[1] - calculated[0] == pytest.approx(measured[1] - measured[0], rel=0.03)
 
 
 def test_recomputing_and_sharding_make_it_less():
-    s = {"stage": 3, "rows": 4, "text": 64, "answer": 16, "dtype": "bf16", "recompute": False}
     with torch.device("meta"):
         model = InfMLLM(train.models.PRESETS["small"]()).freeze(3)
-    plain, shard = support.plan.memory(model, s), support.plan.memory(model, s, 8, sharded=True)
-    again = support.plan.memory(model, s | {"recompute": True})
-    assert again["activations"] < plain["activations"] and shard["optimizer"] * 8 == pytest.approx(
-        plain["optimizer"]
-    )
-    assert plain["optimizer"] == 2 * plain["gradients"] and sum(shard.values()) < sum(
-        plain.values()
-    )
+    common = dict(rows=4, text=64, answer=16, dtype="bf16")
+    plain = support.plan.memory(model, settings(**common))
+    shard = support.plan.memory(model, settings(**common, shard=True), 8)
+    again = support.plan.memory(model, settings(**common | {"recompute": True}))
+    assert again["activations"] < plain["activations"]
+    assert shard["optimizer"] * 8 == pytest.approx(plain["optimizer"])
+    assert plain["optimizer"] == 2 * plain["gradients"]
+    assert sum(shard.values()) < sum(plain.values())
 
 
-def test_the_curve_is_drawn_and_without_matplotlib_it_is_text(tmp_path, capsys, monkeypatch):
+def test_the_curve_is_drawn_and_without_matplotlib_it_says_what_is_missing(
+    tmp_path, capsys, monkeypatch
+):
     lines = [{"step": n, "loss": 6.0 / n} for n in range(1, 9)] + [
         {"step": 8, "held_out": {"a": 1.0, "b": 3.0}}
     ]
@@ -130,8 +129,7 @@ def test_the_curve_is_drawn_and_without_matplotlib_it_is_text(tmp_path, capsys, 
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     capsys.readouterr()
     assert train.main(["--plot", str(tmp_path)]) == 0
-    text = capsys.readouterr().out.splitlines()
-    assert len(text) == 8 and text[0].count("#") == 60 and text[1].count("#") == 30
+    assert "matplotlib is not installed; pip install matplotlib" in capsys.readouterr().out
     assert train.main(["--plot", str(tmp_path / "nowhere")]) == 2
     assert "no record of a step; name the folder of a run" in capsys.readouterr().err
 
@@ -142,6 +140,6 @@ def test_mfu_counts_what_a_stage_needs_and_images_apart_from_rows():
         "Batch", (), {"tokens": torch.zeros(6, 56), "images": torch.zeros(2, 1), "supervised": 48}
     )
     vit, adapter, llm, head = train.models.flops(config, 40, 8, 2).values()
-    assert support.plan.arithmetic(config, {"stage": 2}, batch) == 2 * (vit + adapter) + 6 * (
+    assert support.plan.arithmetic(config, settings(stage=2), batch) == 2 * (vit + adapter) + 6 * (
         llm + head
     )

@@ -223,7 +223,7 @@ def rewrite(path, content):
     """A file of a checkpoint replaced by one that its checksums vouch for."""
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
     sums = json.loads((path.parent / "checksums.json").read_text())
-    sums[path.name] = [path.stat().st_size, weights.checkpoint.checksum(path)]
+    sums[path.name] = weights.checkpoint.checksum(path)
     (path.parent / "checksums.json").write_text(json.dumps(sums))
 
 

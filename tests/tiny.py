@@ -80,6 +80,50 @@ def world(folder, scenes=24, stages=(1, 2, 3)):
     return Path(folder)
 
 
+class LowRank(torch.nn.Module):
+    """A fork's module in the place of an nn.Linear: its own weights train and its base stays."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base = base
+        self.base.frozen = True
+        self.down = torch.nn.Linear(base.in_features, rank, bias=False)
+        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+SWAPPED = (
+    "vit.blocks.0.q",
+    "vit.blocks.1.fc1",
+    "adapter.fc2",
+    "llm.layers.0.q",
+    "llm.layers.1.v",
+    "llm.layers.0.o",
+    "llm.layers.1.gate",
+    "llm.lm_head",
+)
+
+
+def swap(model, names=SWAPPED):
+    for name in names:
+        parent, _, leaf = name.rpartition(".")
+        owner = model.get_submodule(parent)
+        setattr(owner, leaf, LowRank(getattr(owner, leaf)))
+    return model
+
+
+def swapping(build):
+    """support.start.build of a fork that swaps modules before anything is cast, wrapped or sharded."""
+
+    def built(s, say=True):
+        model, origins = build(s, say)
+        return swap(model), origins
+
+    return built
+
+
 def recording(train, path):
     """train.gradients, which also writes the gradients of the first step to a file."""
     gradients = train.gradients
@@ -88,16 +132,18 @@ def recording(train, path):
         loss = gradients(run, batches, supervised)
         if run.step == 0:
             grads = {
-                n: train.whole(p.grad) for n, p in run.model.named_parameters() if p.requires_grad
+                n: train.in_one_piece(p.grad)
+                for n, p in run.model.named_parameters()
+                if p.requires_grad
             }
-            if run.rank == 0:
+            if run.ranks.rank == 0:
                 torch.save(grads, path)
         return loss
 
     return recorded
 
 
-def child(folder, argv, env, record, slow):
+def child(folder, argv, env, record, slow, swapped):
     """train.main in a process of its own; what it says goes to a file."""
     os.environ.update(env)
     os.chdir(folder)
@@ -116,6 +162,8 @@ def child(folder, argv, env, record, slow):
         update(*args)
         time.sleep(slow)
 
+    if swapped:
+        train.start.build = swapping(train.start.build)
     if record:
         train.gradients = recording(train, record)
     if slow:
@@ -127,7 +175,7 @@ def child(folder, argv, env, record, slow):
     os._exit(code)
 
 
-def start(folder, *argv, world=1, record=None, slow=0.0, differ=None, places=None):
+def start(folder, *argv, world=1, record=None, slow=0.0, differ=None, places=None, swapped=False):
     """-> processes that run train.py, `world` of them as ranks of one run; differ: {rank: flags of its own};
     places: {rank: a current folder of its own}."""
     os.environ["PYTHONPATH"] = str(ROOT)  # the server that forks them imports all once
@@ -159,6 +207,7 @@ def start(folder, *argv, world=1, record=None, slow=0.0, differ=None, places=Non
                 env,
                 record,
                 slow,
+                swapped,
             ),
         )
         for r, env in enumerate(envs)
