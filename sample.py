@@ -8,12 +8,13 @@
     python sample.py --ckpt InfMLLM_7B.bin --tokenizer vicuna-7b-v1.5/ --image cat.jpg
     python sample.py --ckpt out/stage1 --branch out/mm --image scene.png         # a branch of inner adaptors (IAA)
 
-A call is answered by one branch. It sees the pictures; what is asked without one is answered by its base alone.
-In a chat: /image FILE takes another picture, /reset forgets what was said, /box on draws the boxes that the model
-names, Ctrl-C stops an answer, Ctrl-D ends.
+In a chat: /image FILE takes another picture, /reset forgets what was said, /box on draws the boxes that
+the model names, Ctrl-C stops an answer, Ctrl-D ends the chat.
+
+Names of dimensions: B prompts (rows), T tokens of the longest prompt, K beams, V vocabulary, D width of
+the LLM, N images, S pixels per side, P*P visual tokens of an image.
 """
 
-import argparse
 import json
 import os
 import re
@@ -21,42 +22,43 @@ import signal
 import sys
 from pathlib import Path
 
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, save in a chat's answer
+
 import numpy as np
 import torch
 from torch.nn import functional as F
 
-import weights
 from formats.pictures import WHOLE, padded_region, peek, to_square, upright
 from formats.records import clean
-from model import IMAGE, PRESETS, Cache
+from model import IMAGE, KVCache
+from support.commands import Parser, number, run
 from support.drawing import NAMED, check_target, draw_boxes, sheet, write_picture
-from support.errors import BadInput, complain
-from support.files import read_json
+from support.errors import BadInput
 from support.processes import on_signals
+from support.start import DTYPES, load_model
+from text import encode_prompt
 from text.boxes import format_box, parse_box
 from text.templates import HERE, MARK, TASKS, chat_turn, prompt
-from text.tokenizer import Tokenizer, encode_prompt
 
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C: at once, but in a chat's answer
-
-DECODING = {  # as released (captions: min 8); a box of ours takes up to 30 of LLaMA's pieces, hence some more room
+# How each task is decoded: as released, with more room for a box, which takes up to 30 of LLaMA's pieces.
+DECODING = {
     "caption": dict(beams=5, max_new_tokens=30, min_new_tokens=8),
     "vqa": dict(beams=5, max_new_tokens=10, length_penalty=0.0),
     "ground": dict(beams=5, max_new_tokens=40),
     "region": dict(beams=5, max_new_tokens=30),
-    "chat": dict(beams=1, max_new_tokens=1024),
+    "chat": dict(max_new_tokens=1024),
 }
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-
+SETTINGS = ("beams", "min_new_tokens", "max_new_tokens", "temperature", "top_k", "top_p", "seed")
+NEVER = -1e9  # the score of a beam that is not there
 ROWS = 8  # pictures of a folder that are answered together
-
 ENDINGS = (".jpg", ".jpeg", ".png", ".webp")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Generation. Names of dimensions: B prompts, K beams, T tokens of the longest prompt, V vocabulary
+# ---------------------------------------------------------------------------------------------------
+# Generation
+
+
 @torch.inference_mode()
 def generate_ids(
     model,
@@ -72,514 +74,446 @@ def generate_ids(
     top_k=0,
     top_p=1.0,
     seed=0,
-) -> list[list[int]]:
-    """The new ids of every prompt, up to and without the eos.
+):
+    """The new ids of every prompt, a list each, up to and without the eos.
 
-    images (N,3,S,S); tokens: ids per prompt, with runs of P*P times IMAGE; image_index: which image stands at each run
-    (0, 1, 2, ... if not given). temperature 0 is greedy; else prompt i draws from the stream of seed + i, or of
+    images: (N,3,S,S), or a list of N pictures. tokens: a list of ids for each prompt, with P*P times
+    IMAGE where an image stands. image_index: which image stands at each of these places; 0, 1, 2, ...
+    if not given. temperature 0 is greedy; else prompt i draws from the stream of seed + i, or of
     seed[i], whatever the batch.
 
-    One branch a call: the active one where there are images, the base alone where there is none; never both.
+    Prompts without an image are answered by model.text_model. Where that is another model, they need
+    a call of their own.
     """
-    if model.llm.active and not all(IMAGE in row for row in tokens):
-        assert not any(IMAGE in row for row in tokens), (
-            "text alone is the base's and not the branch's: two calls"
-        )
-        with model.using(None):
-            return generate_ids(
-                model,
-                images,
-                tokens,
-                image_index,
-                max_new_tokens,
-                min_new_tokens,
-                eos,
-                beams,
-                length_penalty,
-                temperature,
-                top_k,
-                top_p,
-                seed,
-            )
     assert beams == 1 or temperature == 0, "beam search and sampling do not go together"
-    x, pad = prefix(model, images, tokens, image_index)  # (B, T, D)
-    B, T = x.shape[:2]
+    with_image = [IMAGE in row for row in tokens]
+    if not any(with_image):
+        model = model.text_model
+    assert all(with_image) or model.text_model is model, (
+        "prompts with images and prompts without are answered by different models: make two calls"
+    )
+    x, pad = embed_prompts(model, images, tokens, image_index)  # (B, T, D), (B, 1)
+    limits = (max_new_tokens, min_new_tokens, eos)
     if beams > 1:
-        rows = beam_search(
-            model.llm, x, pad, beams, max_new_tokens, min_new_tokens, eos, length_penalty
-        )
+        rows = beam_search(model.llm, x, pad, beams, length_penalty, *limits)
     else:
-        cache = Cache(model.config.llm, B, T + max_new_tokens, x.device, x.dtype, model.llm.inner)
-        choose = (
-            greedy
-            if temperature == 0
-            else sampler(temperature, top_k, top_p, seed, B, max_new_tokens, x.device)
-        )
-        new, done, ask = [], set(), 1 if x.device.type == "cpu" else 8
-        for token in steps(model.llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
-            new.append(token)
-            if len(new) % ask:
-                continue  # asking waits for a GPU, which runs ahead of Python
-            for ids in new[-ask:]:
-                done.update(b for b, i in enumerate(ids.tolist()) if i == eos)
-            if len(done) == B:
-                break
-        rows = torch.stack(new, 1).tolist() if new else [[] for _ in tokens]
+        seeds = range(seed, seed + len(tokens)) if isinstance(seed, int) else seed
+        cache = KVCache(x.shape[1] + max_new_tokens)
+        steps = decode(model.llm, cache, x, pad, *limits, seeds, temperature, top_k, top_p)
+        rows = torch.stack(list(steps), dim=1).tolist()
     return [row[: row.index(eos)] if eos in row else row for row in rows]
 
 
-def prefix(model, images, tokens, image_index=None):
-    """Embeddings of the prompts (B,T,D), padded on the left, and pad (B,): None where all are of one length."""
-    device, longest = model.llm.embed.weight.device, max(map(len, tokens))
-    ids = torch.tensor(
-        [[0] * (longest - len(row)) + row for row in tokens], device=device
-    )  # (B, T)
-    x = model.llm.ends.embed(ids.clamp(min=0))
+def embed_prompts(model, images, tokens, image_index=None):
+    """Prompts padded on the left, as embeddings (B,T,D), and how much of each is padding, (B,1).
+
+    None stands for the padding where all prompts are equally long."""
+    device = model.llm.embed.weight.device
+    lengths = [len(row) for row in tokens]
+    T = max(lengths)
+    ids = torch.tensor([[0] * (T - len(row)) + row for row in tokens], device=device)  # (B, T)
+    x = model.llm.embed(ids.clamp(min=0))  # (B, T, D)
     if torch.is_autocast_enabled(device.type):
         x = x.to(torch.get_autocast_dtype(device.type))
-    at, cells = ids == IMAGE, model.config.visual_tokens
-    runs = sum(row.count(IMAGE) for row in tokens) / cells
-    index = list(range(len(images))) if image_index is None else list(image_index)
-    assert runs == len(index), (
-        f"the prompts have room for {runs:g} images ({cells} tokens each), not for {len(index)}"
-    )
+    index = list(range(len(images)) if image_index is None else image_index)
+    places = ids == IMAGE
+    room = places.sum().item() / model.config.visual_tokens
+    assert room == len(index), f"the prompts have room for {room:g} images, not for {len(index)}"
     if index:
-        visual = model.encode_images(images.to(device))  # (N, P*P, D): each image once
-        x[at] = visual[torch.tensor(index, device=device)].flatten(0, 1).to(x.dtype)
-    pad = [longest - len(row) for row in tokens]
-    return x, torch.tensor(pad, device=device) if any(pad) else None
+        images = torch.stack(list(images)).to(device)
+        visual = model.encode_images(images)  # (N, P*P, D): each image once
+        x[places] = visual[index].flatten(0, 1).to(x.dtype)
+    if min(lengths) == T:
+        return x, None
+    return x, T - torch.tensor(lengths, device=device)[:, None]
 
 
-def next_logits(llm, cache, x, pad):
-    """x (B,T,D) -> logits (B,V) of what follows the last position; the others' are not made."""
-    return llm.head(llm(x, cache, pad)[:, -1]).float()
+def around_padding(pad, start, T):
+    """Positions (B,T) and mask (B,1,T,start+T) of T tokens that follow `start` others in their rows."""
+    if pad is None:
+        return None, None
+    keys = torch.arange(start + T, device=pad.device)
+    queries = keys[start:]
+    causal = queries[:, None] >= keys  # (T, start+T)
+    # padding looks at padding alone: of no query is everything hidden, which would give NaN
+    alike = (queries >= pad)[:, :, None] == (keys >= pad)[:, None]  # (B, T, start+T)
+    return (queries - pad).clamp(min=0), (causal & alike)[:, None]
 
 
-def steps(llm, cache, x, pad, choose, max_new_tokens, min_new_tokens, eos):
-    """Yields the next token of every row, (B,), and takes it into the cache when asked for another."""
+def decode(
+    llm,
+    cache,
+    x,
+    pad,
+    max_new_tokens,
+    min_new_tokens,
+    eos,
+    seeds,
+    temperature=0.0,
+    top_k=0,
+    top_p=1.0,
+):
+    """Yield the next token of every row, (B,), until each row has had its eos.
+
+    A token enters the cache when the next one is asked for."""
+    if temperature:  # a row draws from a stream of its own, one number for each token
+        numbers = [np.random.default_rng(seed).random(max_new_tokens) for seed in seeds]
+        numbers = torch.tensor(np.stack(numbers), device=x.device)  # (B, max_new_tokens)
+    # a GPU runs ahead of Python, and asking whether all rows are done waits for it
+    every = 1 if x.device.type == "cpu" else 8
+    done = False
     for n in range(max_new_tokens):
-        logits = next_logits(llm, cache, x, pad)
+        positions, mask = around_padding(pad, cache.length, x.shape[1])
+        hidden = llm(x, positions, mask, cache)  # (B, T, D), then (B, 1, D)
+        logits = llm.head(hidden[:, -1]).float()  # (B, V)
         if n < min_new_tokens:
-            logits.select(1, eos).fill_(-torch.inf)
-        token = choose(logits, n)
-        yield token
-        x = F.embedding(token[:, None], llm.ends.embed.weight).to(x.dtype)  # (B, 1, D)
-
-
-def greedy(logits, n):
-    return logits.argmax(-1)
-
-
-def sampler(temperature, top_k, top_p, seed, rows, length, device):
-    seeds = range(seed, seed + rows) if isinstance(seed, int) else seed
-    u = np.stack([np.random.default_rng(s).random(length) for s in seeds])  # one number a token
-    u = torch.from_numpy(u).to(device)
-
-    def choose(logits, n):
-        p, ids = probabilities(logits / temperature, top_k, top_p)
-        total = p.double().cumsum(-1)  # (B, top_k or V)
-        at = torch.searchsorted(total, u[:, n : n + 1] * total[:, -1:], right=True)
-        return ids.gather(1, at.clamp(max=p.shape[1] - 1))[:, 0]
-
-    return choose
-
-
-def probabilities(logits, top_k, top_p):
-    """Of the top_k likeliest tokens, and of these the fewest that make up top_p: (B, k) falling, and their ids."""
-    top, ids = logits.topk(min(top_k or logits.shape[1], logits.shape[1]))
-    p = top.softmax(-1)
-    return p.masked_fill(p.cumsum(-1) - p >= top_p, 0) if top_p < 1 else p, ids
-
-
-def beam_search(llm, x, pad, K, max_new_tokens, min_new_tokens, eos, length_penalty):
-    """The best of K beams per prompt, as transformers' generate finds it with early_stopping=False.
-
-    Of the 2K best continuations those that end retire, if they are among the first K; the K best of the others run on
-    (K at most can end, so there are enough). A prompt is done when K have retired and the worst of them beats, in
-    score per length ** length_penalty, the best that still runs.
-
-    The beams of a prompt are a tree: one row of the cache, to which each step adds K positions, and a mask of who
-    descends from whom. So the prompt's keys and values are held and read once, and nothing is ever moved.
-    """
-    (B, T), device, none = x.shape[:2], x.device, -1e9
-    cache = Cache(llm.config, B, T + K * (max_new_tokens - 1), device, x.dtype, llm.inner)
-    own = torch.eye(K, dtype=torch.bool, device=device).expand(B, K, K)
-    sees = torch.arange(T, device=device) >= (0 if pad is None else pad[:, None, None])
-    sees = sees.expand(B, 1, T)  # (B, running beams, positions)
-    tokens = torch.zeros(B, 1, 0, dtype=torch.long, device=device)  # of the running beams
-    scores = torch.zeros(B, 1, device=device)  # right after the prompt: one beam
-    retired = torch.full((B, K, max_new_tokens), eos, device=device)
-    retired_scores = torch.full((B, K), none, device=device, dtype=torch.float32)
-    undecided = torch.ones(B, 1, dtype=torch.bool, device=device)
-    for n in range(1, max_new_tokens + 1):
-        if n == 1:
-            logits = next_logits(llm, cache, x, pad)[:, None]  # (B, 1, V)
+            logits[:, eos] = -torch.inf
+        if temperature:
+            token = draw(logits / temperature, numbers[:, n, None], top_k, top_p)
         else:
-            logits = llm.head(
-                llm(x, cache, pad, tree=(T + n - 2, sees[:, None]))
-            ).float()  # (B, K, V)
-        gains, V = logits.log_softmax(-1), logits.shape[2]
+            token = logits.argmax(-1)
+        yield token
+        done = done | (token == eos)
+        if n % every == every - 1 and done.all():
+            break
+        x = llm.embed(token[:, None]).to(x.dtype)  # (B, 1, D)
+
+
+def draw(logits, numbers, top_k=0, top_p=1.0):
+    """One of the top_k likeliest tokens, and of these one of the fewest that make up top_p.
+
+    logits (B,V); numbers (B,1), uniform in 0..1 -> (B,)"""
+    V = logits.shape[1]
+    likeliest, ids = logits.topk(min(top_k or V, V))  # (B, k), falling
+    p = likeliest.softmax(-1)
+    if top_p < 1:
+        p = p.masked_fill(p.cumsum(-1) - p >= top_p, 0)
+    total = p.double().cumsum(-1)
+    place = torch.searchsorted(total, numbers * total[:, -1:], right=True)  # (B, 1)
+    return ids.gather(1, place.clamp(max=ids.shape[1] - 1))[:, 0]
+
+
+def beam_search(llm, x, pad, K, length_penalty, max_new_tokens, min_new_tokens, eos):
+    """The best of K beams for each prompt, as transformers finds it with early_stopping=False.
+
+    Each step takes the 2K best continuations. Those that end, if they are among the first K, retire;
+    the K best of the others run on (K at most can end, so there are enough). A prompt is decided when
+    K beams have retired and the worst of them beats, in score per length ** length_penalty, the best
+    one that still runs.
+
+    The beams of a prompt are a tree that shares one row of the cache. Behind the prompt, each step adds
+    K positions to the row, one for the last token of every beam, and `sees` says which positions of the
+    row belong to a beam: those of its parent, and its own new one. So the keys and values of the prompt
+    are held and read once, and nothing is moved when beams end or split.
+    """
+    B, T, _ = x.shape
+    device = x.device
+    rows = torch.arange(B, device=device)[:, None]  # y[rows, which] is (B,K,...) out of (B,2K,...)
+    padding = torch.zeros_like(rows) if pad is None else pad  # (B, 1)
+    sees = (torch.arange(T, device=device) >= padding)[:, None]  # (B, 1, T)
+    own = torch.eye(K, dtype=torch.bool, device=device).expand(B, K, K)
+    cache = KVCache(T + K * (max_new_tokens - 1))
+    hidden = llm(x, *around_padding(pad, 0, T), cache)[:, -1:]  # (B, 1, D): one beam so far
+    beams = torch.empty(B, 1, 0, dtype=torch.long, device=device)
+    scores = torch.zeros(B, 1, device=device)
+    retired = torch.full((B, K, max_new_tokens), eos, device=device)
+    retired_scores = torch.full((B, K), NEVER, device=device)
+    undecided = torch.ones_like(rows, dtype=torch.bool)  # (B, 1)
+    for n in range(1, max_new_tokens + 1):
+        log_p = llm.head(hidden).float().log_softmax(-1)  # (B, K, V)
         if n <= min_new_tokens:
-            gains[:, :, eos] = -torch.inf
-        assert V >= 2 * K, f"{K} beams need a vocabulary of {2 * K}, and this has {V}"
-        best, at = (gains + scores[:, :, None]).flatten(1).topk(2 * K)  # (B, 2K)
-        source, token = at // V, at % V
-        told = torch.cat((take(tokens, source), token[:, :, None]), 2)  # (B, 2K, n)
-        ended = (token == eos) | (n == max_new_tokens)
+            log_p[:, :, eos] = -torch.inf
+        V = log_p.shape[2]
+        best, places = (log_p + scores[:, :, None]).flatten(1).topk(2 * K)  # (B, 2K)
+        parents = places // V
+        tokens = places % V
+        longer = torch.cat((beams[rows, parents], tokens[:, :, None]), dim=2)  # (B, 2K, n)
+        ends = (tokens == eos) | (n == max_new_tokens)
 
-        retires = ended & undecided
-        retires[:, K:] = False
-        merged = torch.cat(
-            (retired_scores, torch.where(retires, best / n**length_penalty, none)), 1
-        )  # (B, 3K)
-        retired_scores, which = merged.topk(K)
-        retired = take(
-            torch.cat((retired, F.pad(told, (0, max_new_tokens - n), value=eos)), 1), which
-        )
+        final = torch.where(ends & undecided, best / n**length_penalty, NEVER)
+        pool = torch.cat((retired_scores, final[:, :K]), dim=1)  # (B, 2K)
+        retired_scores, which = pool.topk(K)
+        filled = F.pad(longer[:, :K], (0, max_new_tokens - n), value=eos)
+        retired = torch.cat((retired, filled), dim=1)[rows, which]
 
-        scores, which = (best + ended * none).topk(K)  # (B, K) run on
-        undecided &= scores[:, :1] / n**length_penalty > retired_scores.amin(1, keepdim=True)
+        scores, which = best.masked_fill(ends, NEVER).topk(K)  # (B, K)
+        undecided &= scores[:, :1] / n**length_penalty > retired_scores[:, -1:]
         if n == max_new_tokens or not undecided.any():
             break
-        tokens = take(told, which)
-        sees = torch.cat((take(sees, take(source, which)), own), 2)  # (B, K, T + K*n)
-        x = llm.ends.embed(tokens[:, :, -1]).to(x.dtype)  # (B, K, D)
+        beams = longer[rows, which]
+        sees = torch.cat((sees[rows, parents[rows, which]], own), dim=2)  # (B, K, T+K*n)
+        x = llm.embed(beams[:, :, -1]).to(x.dtype)  # (B, K, D)
+        positions = T + n - 1 - padding  # (B, 1): the beams of a prompt are equally long
+        hidden = llm(x, positions, sees[:, None], cache)
     return retired[:, 0].tolist()
 
 
-def take(x, which):
-    """x (B,K,...) at which (B,k) of its second dimension."""
-    return x.gather(
-        1, which.view(*which.shape, *[1] * (x.dim() - 2)).expand(*which.shape, *x.shape[2:])
-    )
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ---------------------------------------------------------------------------------------------------
 # Pictures and text in, text out
+
+
 def square(image, side, pad=False):
-    """A picture as evaluation sees it, (3,S,S) uint8: squashed, or padded with the mean colour as in a chat."""
-    return torch.from_numpy(
-        to_square(image, side, padded_region(image.size) if pad else WHOLE).copy()
-    ).permute(2, 0, 1)
-
-
-def stack(squares, config):
-    side = config.vit.image_size
-    return torch.stack(squares) if squares else torch.zeros(0, 3, side, side, dtype=torch.uint8)
+    """A picture as the model takes it, (3,S,S) uint8: squashed, or padded with the mean colour."""
+    region = padded_region(image.size) if pad else WHOLE
+    pixels = to_square(image, side, region)  # (S, S, 3)
+    return torch.tensor(pixels).permute(2, 0, 1)
 
 
 def check_length(ids, config, what):
-    """An error, not a cut: a prompt without its end asks something else."""
-    if len(ids) < config.llm.context:
-        return
-    raise BadInput(
-        f"{what} has {len(ids)} tokens ({ids.count(IMAGE)} of them pictures) and the model's context is "
-        f"{config.llm.context}; shorten it"
-    )
-
-
-def generate(model, tokenizer, images, prompts, pad=False, **settings) -> list[str]:
-    """The answers to full templates with <ImageHere>. images: one entry a prompt, None, a PIL image or a list of them;
-    the same object is encoded once. pad: as in a chat; settings: those of generate_ids."""
-    tokens = [encode_prompt(tokenizer, text, model.config.visual_tokens) for text in prompts]
-    for ids, text in zip(tokens, prompts):
-        check_length(ids, model.config, f"the prompt {text[:60]!r}")
-    images = [
-        [] if entry is None else entry if isinstance(entry, list) else [entry] for entry in images
-    ]
-    for pictures, text in zip(images, prompts, strict=True):
-        assert text.count(HERE) == len(pictures), (
-            f"{text.count(HERE)} {HERE} in the prompt, {len(pictures)} images"
+    """A prompt that is too long is an error: cut, it would ask something else."""
+    if len(ids) >= config.llm.context:
+        raise BadInput(
+            f"{what} has {len(ids)} tokens ({ids.count(IMAGE)} of them pictures) and the model's "
+            f"context is {config.llm.context}; shorten it"
         )
-    return answer(model, tokenizer, images, tokens, pad, **settings)
 
 
-def answer(model, tokenizer, images, tokens, pad=False, **settings) -> list[str]:
-    """The same for prompts in ids and lists of images; a conversation's past has ids that no text stands for."""
-    if (
-        model.llm.active and any(images) and not all(images)
-    ):  # text alone is the base's: a call for each
-        said, seed = {}, settings.pop("seed", 0)
-        for seen in (True, False):
-            which = [i for i, pictures in enumerate(images) if bool(pictures) == seen]
-            said |= zip(
-                which,
-                answer(
-                    model,
-                    tokenizer,
-                    [images[i] for i in which],
-                    [tokens[i] for i in which],
-                    pad,
-                    seed=[seed + i for i in which],
-                    **settings,
-                ),
-            )
-        return [said[i] for i in range(len(tokens))]
+def generate(model, tokenizer, images, prompts, pad=False, seed=0, **settings):
+    """The answers to prompts: full templates with <ImageHere> where an image stands, or their ids.
+
+    images: for each prompt None, a PIL image or a list of them; an object that comes more than once is
+    encoded once. pad: as square(); settings: those of generate_ids."""
     config = model.config
-    different = {id(picture): picture for pictures in images for picture in pictures}
-    index = [list(different).index(id(picture)) for pictures in images for picture in pictures]
-    pixels = stack(
-        [square(picture, config.vit.image_size, pad) for picture in different.values()], config
-    )
-    rows = generate_ids(model, pixels, tokens, index, eos=tokenizer.eos, **settings)
-    return [
-        tokenizer.decode(row[: config.llm.context - len(ids)]) for row, ids in zip(rows, tokens)
-    ]
+    pictures, tokens, calls = [], [], {}
+    for i, (image, asked) in enumerate(zip(images, prompts, strict=True)):
+        if not isinstance(image, list):
+            image = [] if image is None else [image]
+        if isinstance(asked, str):
+            assert asked.count(HERE) == len(image), f"{len(image)} images for the prompt {asked!r}"
+            asked = encode_prompt(tokenizer, asked, config.visual_tokens)
+        check_length(asked, config, "the prompt")
+        pictures.append(image)
+        tokens.append(asked)
+        text_alone = model.text_model is not model and not image
+        calls.setdefault(text_alone, []).append(i)
+    answers = {}
+    for rows in calls.values():
+        shown = [image for i in rows for image in pictures[i]]
+        pixels = {id(image): square(image, config.vit.image_size, pad) for image in shown}
+        ids = generate_ids(
+            model,
+            list(pixels.values()),
+            [tokens[i] for i in rows],
+            [list(pixels).index(id(image)) for image in shown],
+            eos=tokenizer.eos,
+            seed=[seed + i for i in rows],
+            **settings,
+        )
+        for i, said in zip(rows, ids):
+            answers[i] = tokenizer.decode(said[: config.llm.context - len(tokens[i])])
+    return [answers[i] for i in range(len(tokens))]
 
 
 class Chat:
-    """A conversation. What was said stays in the cache of keys and values; a turn computes only what is new."""
+    """A conversation. The cache keeps what was said, so that a turn computes only what is new."""
 
     def __init__(self, model, tokenizer, image=None):
-        self.model, self.tokenizer, weight = model, tokenizer, model.llm.embed.weight
-        self.cache = Cache(
-            model.config.llm,
-            1,
-            model.config.llm.context,
-            weight.device,
-            weight.dtype,
-            model.llm.inner,
-        )
+        self.model = model
+        self.tokenizer = tokenizer
+        self.cache = KVCache(model.config.llm.context)
         self.start(image)
 
     def start(self, image=None):
-        self.image, self.ids, self.cache.length = image, [], 0
-
-    def ask(self, question, **chosen):
-        """Yields the answer, a word or a part of one at a time. It may be left at any point, and the talk goes on."""
-        with self.model.using(self.model.llm.active if self.image else None):
-            yield from self.turn(question, **chosen)
+        """Forget what was said, and talk about this picture."""
+        self.image = image
+        self.ids = []
+        self.cache.length = 0
 
     @torch.inference_mode()
-    def turn(self, question, max_new_tokens=1024, temperature=0.0, top_k=0, top_p=1.0, seed=0):
-        model, tokenizer, config = self.model, self.tokenizer, self.model.config
-        mark = config.image_mark if self.image else ""
+    def ask(self, question, max_new_tokens=1024, min_new_tokens=0, seed=0, **sampling):
+        """Yield the answer piece by piece. It may be left at any point, and the talk goes on."""
+        model = self.model if self.image else self.model.text_model
+        tokenizer, config = self.tokenizer, model.config
         if self.ids:
-            asked = [tokenizer.eos] + encode_prompt(tokenizer, chat_turn(question), 0, bos=False)
+            turn = encode_prompt(tokenizer, chat_turn(question), 0, bos=False)
+            ids = [*self.ids, tokenizer.eos, *turn]
         else:
-            asked = encode_prompt(tokenizer, prompt("chat", question, mark), config.visual_tokens)
-        ids = self.ids + asked
+            mark = config.image_mark if self.image else ""
+            ids = encode_prompt(tokenizer, prompt("chat", question, mark), config.visual_tokens)
         check_length(ids, config, "the conversation")
-        pictures = (
-            [square(self.image, config.vit.image_size, pad=True)]
-            if self.image and not self.cache.length
-            else []
-        )
-        x, _ = prefix(model, stack(pictures, config), [ids[self.cache.length :]])
-        room = min(max_new_tokens, config.llm.context - len(ids))
-        choose = (
-            sampler(temperature, top_k, top_p, seed + len(ids), 1, room, x.device)
-            if temperature
-            else greedy
-        )
-        said, text, shown = [], "", 0
-        for token in steps(model.llm, self.cache, x, None, choose, room, 0, tokenizer.eos):
-            if not said:
-                self.ids = ids  # the question counts once it has been read
-            if token.item() == tokenizer.eos:
+        self.ids = ids
+        unread = ids[self.cache.length :]
+        pictures = [square(self.image, config.vit.image_size, pad=True)] if IMAGE in unread else []
+        x, _ = embed_prompts(model, pictures, [unread])  # (1, T, D)
+        limits = (min(max_new_tokens, config.llm.context - len(ids)), min_new_tokens, tokenizer.eos)
+        said, shown = [], ""
+        for token in decode(model.llm, self.cache, x, None, *limits, [seed + len(ids)], **sampling):
+            if token == tokenizer.eos:
                 break
             said.append(token.item())
-            self.ids.append(token.item())
+            self.ids.append(said[-1])
             text = tokenizer.decode(said)
-            if text.endswith("\ufffd"):
-                continue  # half of a character that comes in bytes
-            yield text[shown:]
-            shown = len(text)
-        if text[shown:]:
-            yield text[shown:]
+            if not text.endswith("\ufffd"):  # half of a character that comes in bytes
+                yield text[len(shown) :]
+                shown = text
+        if said and text != shown:
+            yield text[len(shown) :]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Models from wherever they come
-def newest(folder="out"):
-    """The checkpoint that was written last in out/stage1, out/stage2, ..."""
-    found = []
-    for run in Path(folder).glob("stage*"):
-        try:
-            found.append(weights.find(run))
-        except BadInput:
-            continue  # a run that has saved nothing yet
-    if not found:
-        raise BadInput(
-            f"{folder}/: holds no trained model; python train.py --stage all makes one, "
-            "or name one with --ckpt"
-        )
-    return max(found, key=lambda path: (path / "config.json").stat().st_mtime)
-
-
-def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
-    """(model, tokenizer) from our directory, a LLaVA-1.5 folder or the released InfMLLM file; the newest of out/.
-    branch: see take_branch."""
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    dtype = DTYPES[dtype] if dtype else torch.bfloat16 if device.type == "cuda" else torch.float32
-    path = Path(path) if path else newest()
-    if path.name == "model.safetensors" and (path.parent / "config.json").is_file():
-        path = path.parent
-    if path.is_file():
-        model, folder = weights.load_infmllm(path, PRESETS["infmllm-7b"](), dtype), path.parent
-    elif (path / "config.json").is_file() and "model_type" in read_json(path / "config.json"):
-        if read_json(path / "config.json")["model_type"] == "IAA":
-            raise BadInput(f"{path}: {weights.LLAMA_3}; weights.load_iaa reads its weights")
-        model, folder = weights.load_llava(path, dtype), path
-    else:
-        folder = weights.find(path)
-        model = weights.load(folder, dtype=dtype)
-    if not tokenizer and not (folder / "tokenizer.model").is_file():
-        raise BadInput(f"{folder}: has no tokenizer.model; name LLaMA's with --tokenizer")
-    tokenizer = Tokenizer(tokenizer or folder)
-    if tokenizer.size > model.config.llm.vocab:
-        raise BadInput(
-            f"{tokenizer.path}: has {tokenizer.size} pieces, more than the {model.config.llm.vocab} of "
-            f"{path}; name the tokenizer that belongs to the model"
-        )
-    if branch:
-        take_branch(model, branch, dtype)
-    return model.to(device).eval(), tokenizer
-
-
-def take_branch(model, branch, dtype=None):
-    """The branch that answers: one that the model has, one that is saved in a folder, or none, the base alone."""
-    has = model.llm.branches
-    if branch == "none":
-        model.use(None)
-    elif branch in has:
-        model.use(branch)
-    elif Path(branch).exists():
-        weights.add_branch(model, branch, dtype)
-    else:
-        raise BadInput(
-            f"--branch {branch}: is neither a folder nor a branch of the model, which has "
-            f"{', '.join(has) or 'none'}; name a branch's folder"
-        )
+# ---------------------------------------------------------------------------------------------------
+# Command line
 
 
 def open_image(path):
-    if not os.path.exists(path):
-        raise BadInput(f"{path}: no such image; check the name")
-    if os.path.isdir(path):
-        raise BadInput(f"{path}: is a folder, not an image; name a file")
-    return upright(peek((str(path), 0, -1), "what you named")[0])
+    if not os.path.isfile(path):
+        raise BadInput(f"{path}: no such image; name a file")
+    return upright(peek((str(path), 0, -1), "what you named"))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Command line
+def model_flags(description):
+    """A parser with the flags that sample.py and evaluate.py have in common."""
+    parser = Parser(description)
+    add = parser.add_argument
+    add(
+        "--ckpt",
+        help="our directory, a LLaVA-1.5 folder or InfMLLM's file; default: newest of out/",
+    )
+    add("--branch", help="what sees pictures: a branch's folder or its name; none: the base")
+    add("--tokenizer", help="sentencepiece model, where the checkpoint brings none")
+    add("--device", help="cpu or cuda; default: cuda where there is one")
+    add(
+        "--dtype", choices=DTYPES, help="of weights and compute; default: bf16 on cuda, fp32 on cpu"
+    )
+    add("--beams", type=number(int, 1), help="1 is greedy; default: the task's own")
+    add("--max-new-tokens", type=number(int, 1), help="longest answer; default: the task's own")
+    add("--min-new-tokens", type=number(int, 0), help="shortest answer; default: the task's own")
+    return parser
+
+
+def parse(argv=None):
+    parser = model_flags(__doc__)
+    add = parser.add_argument
+    add("--image", help="a picture, or a folder of them")
+    add("--task", choices=TASKS, default="chat", help="what is asked; default: chat")
+    add("--prompt", help="the question, for ground the phrase, for region x1,y1,x2,y2 as fractions")
+    add(
+        "--temperature",
+        type=number(float, 0),
+        default=0.0,
+        help="above 0: draw at random; default 0",
+    )
+    add(
+        "--top-k", type=number(int, 0), default=0, help="draw from so many likeliest tokens; 0: all"
+    )
+    add(
+        "--top-p",
+        type=number(float, 1e-6, 1),
+        default=1.0,
+        help="draw from the likeliest tokens that make up this share; default 1",
+    )
+    add("--seed", type=number(int, 0), default=0, help="of the draws; default 0")
+    add(
+        "--json",
+        action="store_true",
+        help="a JSON object an answer: image, task, prompt, answer, box, pixels",
+    )
+    add("--save", help="picture to write: the boxes drawn in, or a contact sheet of a folder")
+    args = parser.parse_args(argv)
+    args.folder = os.path.isdir(args.image or "")
+    args.talk = args.task == "chat" and args.prompt is None
+    contradictions(args)
+    if not args.ckpt and args.min_new_tokens is None:
+        args.min_new_tokens = 0  # the toy's captions are short
+    return args
+
+
+def contradictions(args):
+    """Flags that cannot both be meant."""
+    searches = args.beams is not None and args.beams > 1
+    draws = args.temperature > 0
+    wrong = {
+        f"--task {args.task} needs --image; name a picture": args.task != "chat" and not args.image,
+        f"{args.image}: no such image; check the name": args.image
+        and not os.path.exists(args.image),
+        "a chat is about one picture; name a file": args.talk and args.folder,
+        "--json is for single answers; add --prompt": args.talk and args.json,
+        "a chat streams and cannot use --beams; leave it out": args.talk and searches,
+        "--save draws on a picture; name one with --image": args.save and not args.image,
+        "--beams searches and --temperature draws; choose one": draws and searches,
+        "--top-k and --top-p are about random draws; add --temperature": not draws
+        and (args.top_k or args.top_p < 1),
+    }
+    for sentence, found in wrong.items():
+        if found:
+            raise BadInput(sentence)
+    if args.save:
+        check_target(args.save)
+
+
+def decoding(task, asked):
+    """Settings of generate_ids for a task: what is asked for, and for the rest its row of DECODING."""
+    asked = {name: asked[name] for name in SETTINGS if asked.get(name) is not None}
+    if asked.get("temperature"):
+        asked["beams"] = 1
+    return DECODING[task] | asked
+
+
 def question(args, mark):
-    """The template that --task and --prompt make."""
-    task, text = args.task, clean(args.prompt or "", "--prompt").strip()
+    """The prompt that --task and --prompt make."""
+    task = args.task
+    text = clean(args.prompt or "", "--prompt").strip()
     if task == "caption" and text:
         raise BadInput("--task caption takes no --prompt; leave it out, or use --task chat")
     if task != "caption" and not text:
         raise BadInput(f"--task {task} needs a --prompt that is not empty; add one")
-    if task == "region":
-        numbers = [float(v) for v in re.findall(r"\d*\.?\d+", text)]
-        if len(numbers) != 4:
-            raise BadInput(
-                f"--prompt {text!r}: --task region asks about a box; give its fractions as x1,y1,x2,y2"
-            )
-        text = format_box(numbers)
     if task == "chat":
-        return prompt("chat", text, mark if args.image else "")
+        return prompt(task, text, mark if args.image else "")
+    if task == "region":
+        box = [float(v) for v in re.findall(r"\d*\.?\d+", text)]
+        if len(box) != 4:
+            raise BadInput(
+                f"--prompt {text!r}: --task region asks about a box; "
+                "give its fractions as x1,y1,x2,y2"
+            )
+        text = format_box(box)
     return prompt(task, text).replace(MARK, mark)
 
 
-def settings(args):
-    """Decoding of the task, with what the command line says instead."""
-    chosen = dict(
-        DECODING[args.task],
-        temperature=args.temperature,
-        top_k=args.top_k,
-        top_p=args.top_p,
-        seed=args.seed,
-    )
-    if args.temperature:
-        chosen["beams"] = 1
-    for name in ("beams", "min_new_tokens", "max_new_tokens"):
-        if getattr(args, name) is not None:
-            chosen[name] = getattr(args, name)
-    if not args.ckpt and args.min_new_tokens is None:
-        chosen["min_new_tokens"] = 0  # the toy's captions are short
-    chosen["min_new_tokens"] = min(chosen.get("min_new_tokens", 0), chosen["max_new_tokens"])
-    return chosen
-
-
 def answer_all(model, tokenizer, args):
-    """One answer a picture: printed, as a line of JSON if asked, and drawn at the end."""
-    asked, cells = question(args, model.config.image_mark), []
-    folder = args.image and os.path.isdir(args.image)
-    paths = (
-        [args.image]
-        if not folder
-        else sorted(str(p) for p in Path(args.image).iterdir() if p.suffix.lower() in ENDINGS)
-    )
+    """One answer for each picture: printed, and drawn at the end."""
+    paths = [args.image]
+    if args.folder:
+        files = sorted(Path(args.image).iterdir())
+        paths = [str(path) for path in files if path.suffix.lower() in ENDINGS]
     if not paths:
         raise BadInput(
             f"{args.image}: holds no picture ({', '.join(ENDINGS)}); name another folder"
         )
-    for at in range(0, len(paths), ROWS):
-        images = [path and open_image(path) for path in paths[at : at + ROWS]]
-        said = generate(
-            model,
-            tokenizer,
-            images,
-            [asked] * len(images),
-            pad=TASKS[args.task].pad,
-            **settings(args),
-        )
-        for path, image, text in zip(paths[at : at + ROWS], images, said):
+    asked = question(args, model.config.image_mark)
+    settings = decoding(args.task, vars(args))
+    pad = TASKS[args.task].pad
+    cells = []
+    for start in range(0, len(paths), ROWS):
+        batch = paths[start : start + ROWS]
+        images = [open_image(path) if path else None for path in batch]
+        said = generate(model, tokenizer, images, [asked] * len(batch), pad, **settings)
+        for path, image, text in zip(batch, images, said):
             box = parse_box(text)
-            pixels = box and image and [round(v * s, 1) for v, s in zip(box, image.size * 2)]
-            found = {
-                "image": path,
-                "task": args.task,
-                "prompt": args.prompt,
-                "answer": text,
-                "box": box,
-                "pixels": pixels,
-            }
-            line = (
-                (f"{path}: " if folder else "") + text + (f"   pixels {pixels}" if pixels else "")
-            )
-            print(json.dumps(found) if args.json else line, flush=True)
-            shown, label = (
-                (parse_box(asked), text) if args.task == "region" else (box, args.prompt or "")
-            )
-            if args.save:
-                cells.append((image, [(shown, label, NAMED)] if shown else [], text, NAMED))
+            pixels = in_pixels(box, image)
+            found = {"image": path, "task": args.task, "prompt": args.prompt, "answer": text}
+            found |= {"box": box, "pixels": pixels}
+            name = f"{path}: " if args.folder else ""
+            place = f"   pixels {pixels}" if pixels else ""
+            print(json.dumps(found) if args.json else name + text + place, flush=True)
+            label = args.prompt or ""
+            if args.task == "region":  # the box that was asked about
+                box, label = parse_box(asked), text
+            name = f"{Path(path).name}: " if args.folder else ""
+            cells.append((image, [(box, label, NAMED)] if box else [], name + text, NAMED))
     if not args.save:
         return
-    if not folder and cells[0][1]:
-        write_picture(draw_boxes(*cells[0][:2]), args.save)
+    image, boxes, _, _ = cells[0]
+    if boxes and not args.folder:
+        write_picture(draw_boxes(image, boxes), args.save)
     else:
-        sheet(
-            [
-                (image, boxes, f"{Path(p).name}: {said}" if folder else said, colour)
-                for p, (image, boxes, said, colour) in zip(paths, cells)
-            ],
-            args.save,
-        )
+        sheet(cells, args.save)
 
 
-def reply(talk, line, chosen):
-    """Stream one answer; Ctrl-C ends it and not the talk. No exception, as libraries in C lose some of them."""
-    said, enough = "", []
-    with on_signals(enough.append, [signal.SIGINT]):
-        for piece in talk.ask(line, **chosen):
-            said += piece
-            print(piece, end="", flush=True)
-            if enough:
-                print(" ...", end="")
-                break
-    print(flush=True)
-    return said
-
-
-def ask(mark):
-    """The next line; Ctrl-C and Ctrl-D raise."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        return input(mark).strip()
-    finally:
-        signal.signal(signal.SIGINT, before)
+def in_pixels(box, image):
+    """A box in fractions, where there is one and a picture that it lies on, in pixels."""
+    if box and image:
+        return [round(v * side, 1) for v, side in zip(box, image.size * 2)]
+    return None
 
 
 def chat(model, tokenizer, args):
@@ -589,176 +523,77 @@ def chat(model, tokenizer, args):
         raise BadInput(
             "a chat reads its questions from the input, and that is closed; add --prompt"
         )
-    talk, save, terminal = Chat(model, tokenizer, image), args.save, sys.stdin.isatty()
-    chosen = {
-        k: v
-        for k, v in settings(args).items()
-        if k not in ("beams", "min_new_tokens", "length_penalty")
-    }
-    if terminal:
+    talk = Chat(model, tokenizer, image)
+    settings = decoding("chat", vars(args))
+    settings.pop("beams", None)
+    save = args.save
+    mark = ""
+    if sys.stdin.isatty():
+        mark = "> "
         print("/image FILE   /reset   /box on|off   Ctrl-C stops an answer, Ctrl-D ends")
     while True:
         try:
-            line = ask("> " if terminal else "")
+            line = read_line(mark)
         except (EOFError, KeyboardInterrupt):
-            return print()
+            print()
+            return
         except UnicodeDecodeError:
             print("that was not UTF-8")
             continue
-        command, _, rest = line.partition(" ")
+        command, _, name = line.partition(" ")
         try:
-            if not line:
-                continue
             if command == "/image":
-                image = open_image(rest.strip())
-                talk.start(image)
+                talk.start(open_image(name.strip()))
             elif command == "/reset":
-                talk.start(image)
-            elif line in ("/box on", "/box off"):
-                save = (args.save or "box.png") if rest == "on" else None
+                talk.start(talk.image)
+            elif line == "/box on":
+                save = args.save or "box.png"
+            elif line == "/box off":
+                save = None
             elif command.startswith("/"):
                 print("the commands are /image FILE, /reset, /box on and /box off")
-            else:
-                box = parse_box(reply(talk, clean(line, "the question"), chosen))
-                if not (box and image and save):
-                    continue
-                write_picture(draw_boxes(image, [(box, line, NAMED)]), save)
-                print(
-                    f"[{save}: the box in pixels is {[round(v * s, 1) for v, s in zip(box, image.size * 2)]}]"
-                )
+            elif line:
+                box = parse_box(reply(talk, clean(line, "the question"), settings))
+                if box and talk.image and save:
+                    write_picture(draw_boxes(talk.image, [(box, line, NAMED)]), save)
+                    print(f"[{save}: the box in pixels is {in_pixels(box, talk.image)}]")
         except BadInput as e:
             print(e, flush=True)
 
 
-def parse(argv=None):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add = parser.add_argument
-    add(
-        "--ckpt",
-        help="our directory, a LLaVA-1.5 folder or the released InfMLLM file; default: the newest of out/",
-    )
-    add(
-        "--branch",
-        help="which branch sees pictures: its folder, or the name of one that is there; none: the base",
-    )
-    add("--tokenizer", help="sentencepiece model, where the checkpoint brings none")
-    add("--image", help="a picture, or a folder of them")
-    add("--task", choices=list(TASKS), default="chat", help="what is asked; default chat")
-    add(
-        "--prompt",
-        help="vqa, chat: the question; ground: the phrase; region: x1,y1,x2,y2 as fractions",
-    )
-    add("--beams", type=int, help="beams of the search; 1 is greedy; default: the task's own")
-    add(
-        "--min-new-tokens",
-        type=int,
-        help="shortest answer in tokens; default: the task's own (captions: 8)",
-    )
-    add("--max-new-tokens", type=int, help="longest answer in tokens; default: the task's own")
-    add(
-        "--temperature",
-        type=float,
-        default=0.0,
-        help="above 0: draw at random instead of searching; default 0",
-    )
-    add("--top-k", type=int, default=0, help="draw from so many likeliest tokens; 0: from all")
-    add(
-        "--top-p",
-        type=float,
-        default=1.0,
-        help="draw from the likeliest tokens that make up this share; default 1",
-    )
-    add("--seed", type=int, default=0, help="of the draws; default 0")
-    add(
-        "--json",
-        action="store_true",
-        help="a JSON object an answer: image, task, prompt, answer, box, pixels",
-    )
-    add("--save", help="picture to write: the boxes drawn in, or a contact sheet of a folder")
-    add("--device", help="cpu or cuda; default: what there is")
-    add(
-        "--dtype",
-        choices=list(DTYPES),
-        help="of weights and compute; default bf16 on cuda, fp32 on cpu",
-    )
-    args = parser.parse_args(argv)
-    check(args)
-    return args
+def read_line(mark):
+    """The next line. Ctrl-C and Ctrl-D raise."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        return input(mark).strip()
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
-def check(args):
-    """What contradicts itself or cannot be."""
-    if args.task != "chat" and not args.image:
-        raise BadInput(f"--task {args.task} needs --image; name a picture")
-    if args.image and not os.path.exists(args.image):
-        raise BadInput(f"{args.image}: no such image; check the name")
-    talks = args.task == "chat" and args.prompt is None
-    if talks and args.image and os.path.isdir(args.image):
-        raise BadInput("a chat is about one picture; name a file")
-    if talks and args.json:
-        raise BadInput("--json is for single answers; add --prompt")
-    if talks and (args.beams or 1) > 1:
-        raise BadInput("a chat streams and cannot use --beams; leave it out")
-    if args.save and not args.image:
-        raise BadInput("--save draws on a picture; name one with --image")
-    if args.save:
-        check_target(args.save)
-    for name, least in (
-        ("beams", 1),
-        ("max_new_tokens", 1),
-        ("temperature", 0),
-        ("top_k", 0),
-        ("seed", 0),
-    ):
-        value = getattr(args, name)
-        if value is not None and not value >= least:
-            raise BadInput(f"--{name.replace('_', '-')} {value}: must be at least {least}")
-    if not 0 < args.top_p <= 1:
-        raise BadInput(f"--top-p {args.top_p}: must be above 0 and at most 1")
-    if args.temperature and (args.beams or 1) > 1:
-        raise BadInput("--beams searches and --temperature draws; choose one")
-    if not args.temperature and (args.top_k or args.top_p < 1):
-        raise BadInput("--top-k and --top-p are about random draws; add --temperature")
-    if args.device and args.device.startswith("cuda") and not torch.cuda.is_available():
-        raise BadInput(f"--device {args.device}: torch finds no GPU; use --device cpu")
+def reply(talk, line, settings):
+    """Print an answer as it comes. Ctrl-C ends it and not the chat.
+
+    No exception is raised for that, as libraries in C lose some of them."""
+    said = ""
+    stops = []
+    with on_signals(stops.append, [signal.SIGINT]):
+        for piece in talk.ask(line, **settings):
+            said += piece
+            print(piece, end="", flush=True)
+            if stops:
+                print(" ...", end="")
+                break
+    print(flush=True)
+    return said
 
 
 def main(argv=None):
     args = parse(argv)
-    if args.prompt is not None or args.task != "chat":
-        question(args, MARK)  # before the model is read
+    if not args.talk:
+        question(args, MARK)  # what is wrong with it is said before the model is read
     model, tokenizer = load_model(args.ckpt, args.tokenizer, args.device, args.dtype, args.branch)
-    if args.task == "chat" and args.prompt is None:
-        chat(model, tokenizer, args)
-    else:
-        answer_all(model, tokenizer, args)
-
-
-def run(main):
-    """main() as a command: what a user brought wrong is one sentence and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):  # there are answers that a terminal has no letters for
-        if hasattr(stream, "reconfigure"):
-            stream.reconfigure(errors="backslashreplace")
-    try:
-        main()
-    except KeyboardInterrupt:
-        return 130
-    except BrokenPipeError:
-        mute()  # the reader has gone
-    except (BadInput, OSError, RuntimeError) as e:
-        code = complain(e)
-        if not isinstance(e, BadInput):
-            mute()
-        return code
-    return 0
-
-
-def mute():
-    """What is still to be flushed goes nowhere, and nothing is said of it."""
-    if sys.stdout:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    answer = chat if args.talk else answer_all
+    answer(model, tokenizer, args)
 
 
 if __name__ == "__main__":

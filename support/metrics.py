@@ -1,21 +1,24 @@
 """Numbers from strings: CIDEr-D, VQA accuracy, exact match, boxes, POPE and MME. Standard library alone.
 
-A metric over a corpus returns (score, count); POPE and MME, which have several figures, return a dict with a count.
-Scores are fractions, times 100 in papers (CIDEr-D's 1.38 is "138"), save MME's own points. What can be told of one
-sample alone has a function of its own (vqa_score, exact_score, iou), for running scores and for the sheet of rights
-and wrongs. Every mean is math.fsum's, correctly rounded: the order in which ranks deliver cannot change a digit.
+A metric over a corpus returns (score, count); POPE and MME, which have several figures, return a dict
+with a count. Scores are fractions, which papers multiply by 100 (CIDEr-D's 1.38 is "138"), save MME's own
+points. What a single sample can be told has a function of its own (vqa_score, exact_score, iou), for
+running scores and contact sheets. Every mean is math.fsum's, correctly rounded: the order in which ranks
+deliver cannot change a digit.
 
 The quirks of the official scripts are kept where figures are compared, and named where they stand.
 """
 
 import math
 import re
-from collections import Counter
-from functools import lru_cache
+from collections import Counter, defaultdict
+from functools import lru_cache, partial
 
-# ------------------------------------------------------------------------------------------------------------ captions
-N, SIGMA = 4, 6.0  # CIDEr-D's longest n-gram, and the width of its penalty on length
+# ---------------------------------------------------------------------------------------------------
+# Captions
 
+N = 4  # CIDEr-D's longest n-gram
+SIGMA = 6.0  # and the width of its penalty on length
 CLITIC = r"n't|'(?:s|m|d|re|ve|ll)"
 
 TOKEN = re.compile(
@@ -28,14 +31,12 @@ TOKEN = re.compile(
     re.VERBOSE,
 )
 
-BRACKETS = dict(zip("()[]{}", ("-lrb-", "-rrb-", "-lsb-", "-rsb-", "-lcb-", "-rcb-")))
-
-SILENT = set(
-    "'`\".?!,:;-–—…“”‘"
-)  # dropped: the official list, and what its tokeniser turns into its members
+BRACKETS = {"(": "-lrb-", ")": "-rrb-", "[": "-lsb-", "]": "-rsb-", "{": "-lcb-", "}": "-rcb-"}
+# dropped: the official list, and what its tokeniser turns into its members
+SILENT = set("'`\".?!,:;-–—…“”‘")
 
 
-def tokenise(text: str) -> list[str]:
+def tokenise(text):
     """Lower case, clitics split off (isn't -> is n't), punctuation dropped. A second time changes no real text.
 
     The official evaluation asks a Java program, Stanford's PTBTokenizer. This one agrees with it on ordinary captions;
@@ -52,53 +53,45 @@ def ngrams(words):
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, N + 1)]
 
 
-def cider_scores(predictions, references, split=tokenise) -> list[float]:
+def cider_scores(predictions, references, split=tokenise):
     """CIDEr-D (arXiv 1411.5726) of each prediction against its list of references, weighted by the whole corpus.
 
     An n-gram weighs log(images) - log(images with it in a reference): one image alone always scores 0.
     """
     check(predictions, references)
-    for rs in references:
-        check_list(rs)
-    hyps = [ngrams(split(p)) for p in predictions]
-    refs = [[ngrams(split(r)) for r in rs] for rs in references]
-    # n-grams of different n are tuples of different lengths, so that one table holds them all
-    images = Counter(
-        gram for rs in refs for gram in {gram for r in rs for grams in r for gram in grams}
-    )
-    log_all = math.log(len(refs))
+    images = Counter()  # with an n-gram in a reference; n-grams of different n differ as tuples
+    for texts in references:
+        check_list(texts)
+        images.update({gram for text in texts for counts in ngrams(split(text)) for gram in counts})
 
-    def weigh(grams):
-        vectors = [
-            {g: k * (log_all - math.log(max(1, images[g]))) for g, k in counts.items()}
-            for counts in grams
-        ]
-        norms = [math.sqrt(sum(w * w for w in v.values())) for v in vectors]
-        return vectors, norms, grams[0].total()
+    def weigh(counts):
+        total = math.log(len(references))
+        return {g: n * (total - math.log(max(1, images[g]))) for g, n in counts.items()}
 
-    def similarity(hyp, ref):
-        (hs, h_norms, h_len), (rs, r_norms, r_len) = hyp, ref
+    def similarity(prediction, reference):
         cosine = 0.0
-        for h, r, h_norm, r_norm in zip(hs, rs, h_norms, r_norms):
-            dot = sum(
-                min(w, r[g]) * r[g] for g, w in h.items() if g in r
-            )  # clipped: repeating pays nothing
+        hyp, ref = ngrams(split(prediction)), ngrams(split(reference))
+        for h, r in zip(map(weigh, hyp), map(weigh, ref)):
+            # clipped: repeating a word pays nothing
+            dot = sum(min(w, r[g]) * r[g] for g, w in h.items() if g in r)
             if dot:
-                cosine += dot / (h_norm * r_norm)
-        return cosine / N * math.exp(-((h_len - r_len) ** 2) / (2 * SIGMA**2))
+                cosine += dot / (math.hypot(*h.values()) * math.hypot(*r.values()))
+        longer = hyp[0].total() - ref[0].total()
+        return cosine / N * math.exp(-(longer**2) / (2 * SIGMA**2))
 
-    scores = []
-    for hyp, rs in zip(hyps, refs):
-        hyp = weigh(hyp)
-        scores.append(10 * sum(similarity(hyp, weigh(r)) for r in rs) / len(rs))
-    return scores
+    return [
+        10 * math.fsum(similarity(prediction, text) for text in texts) / len(texts)
+        for prediction, texts in zip(predictions, references)
+    ]
 
 
 def cider(predictions, references, split=tokenise):
     return mean(cider_scores(predictions, references, split))
 
 
-# ----------------------------------------------------------------------------------------------------- short answers
+# ---------------------------------------------------------------------------------------------------
+# Short answers
+
 # The official table of lost apostrophes, by its rule: each right form with any one apostrophe left out. Not here: its
 # entries with a capital I, which never meet text in lower case (so "im" stays "im"), and two that map to themselves.
 ENDINGS = {
@@ -129,7 +122,7 @@ PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # no apostrophe, colon or period
 
 
 @lru_cache(1 << 16)
-def normalise(text: str) -> str:
+def normalise(text):
     """The VQA evaluation code's punctuation, digits, articles and contractions.
 
     A mark becomes a space, unless it touches one anywhere in the text: then all of its kind vanish; and one comma
@@ -148,38 +141,42 @@ def normalise(text: str) -> str:
     )
 
 
-def normalise_m4c(text: str) -> str:
+def normalise_m4c(text):
     """TextVQA's: commas and question marks go, a possessive is split off (joe's -> joe 's), then the above."""
     return normalise(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
-def vqa_score(prediction: str, answers: list[str], protocol: str = "vqav2") -> float:
+PROTOCOLS = {"vqav2": normalise, "infmllm": normalise, "textvqa": normalise_m4c}
+
+
+def vqa_score(prediction, answers, protocol="vqav2"):
     """min(1, matches / 3) against every answer but one, averaged over which one is left out. Of 10: 0, .3, .6, .9, 1.
 
     protocol  "vqav2"    the official code: normalises only if the answers differ, else matches letter by letter
               "infmllm"  InfMLLM's evaluation, behind its published figures: normalises always
               "textvqa"  the M4C evaluator, as LLaVA reports TextVQA: always, and with its own first step
 
-    Of fewer than four answers (the official files have ten) it is the share that matches, which is what the formula
-    gives for four: so that an answer which everyone gave scores 1, and one answer alone must be matched.
+    Of fewer than four answers (the official files have ten) it is the share that matches, which is what the
+    formula gives for four: an answer that everyone gave scores 1, and one answer alone must be matched.
     """
     check_list(answers)
-    clean = {"vqav2": normalise, "infmllm": normalise, "textvqa": normalise_m4c}[protocol]
-    prediction, *answers = (re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers))
-    if protocol != "vqav2" or len(set(answers)) > 1:
-        prediction, answers = clean(prediction), [clean(a) for a in answers]
-    n, matches = len(answers), answers.count(prediction)
+    clean = PROTOCOLS[protocol]
+    texts = [re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers)]
+    if protocol != "vqav2" or len(set(texts[1:])) > 1:
+        texts = [clean(text) for text in texts]
+    prediction, *answers = texts
+    n = len(answers)
+    matches = answers.count(prediction)
     if n < 4:
         return matches / n
     return (matches * min(1, (matches - 1) / 3) + (n - matches) * min(1, matches / 3)) / n
 
 
-def vqa_accuracy(predictions, answers, protocol: str = "vqav2"):
-    check(predictions, answers)
-    return mean([vqa_score(p, a, protocol) for p, a in zip(predictions, answers)])
+def vqa_accuracy(predictions, answers, protocol="vqav2"):
+    return average(partial(vqa_score, protocol=protocol), predictions, answers)
 
 
-def exact_score(prediction: str, answers: list[str]) -> float:
+def exact_score(prediction, answers):
     """1 if the prediction is one of the answers, up to case, outer white space (as in InfMLLM's evaluation) and a
     closing period, which chat models like to add (as in LLaVA's). For GQA and OCR-VQA."""
     check_list(answers)
@@ -188,49 +185,57 @@ def exact_score(prediction: str, answers: list[str]) -> float:
 
 
 def exact_match(predictions, answers):
-    check(predictions, answers)
-    return mean([exact_score(p, a) for p, a in zip(predictions, answers)])
+    return average(exact_score, predictions, answers)
 
 
-# ------------------------------------------------------------------------------------------------------------- boxes
-def iou(a, b) -> float:
+# ---------------------------------------------------------------------------------------------------
+# Boxes
+
+
+def iou(a, b):
     """Of two boxes (x1, y1, x2, y2) in pixels, edges and not pixel numbers (no +1). None, or a box without area: 0."""
     if a is None:
         return 0.0
-    area = lambda x1, y1, x2, y2: max(0, x2 - x1) * max(0, y2 - y1)
-    common = area(max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3]))
-    return common / (area(*a) + area(*b) - common) if common else 0.0
+    common = area((max(a[0], b[0]), max(a[1], b[1]), min(a[2], b[2]), min(a[3], b[3])))
+    return common / (area(a) + area(b) - common) if common else 0.0
+
+
+def area(box):
+    return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
 
 
 def box_accuracy(predictions, boxes):
     """Acc@0.5: the share of predictions with IoU >= 0.5. None, an answer that named no box, is a miss that counts."""
     check(predictions, boxes)
-    return mean([float(iou(p, b) >= 0.5) for p, b in zip(predictions, boxes)])
+    return mean([iou(p, b) >= 0.5 for p, b in zip(predictions, boxes)])
 
 
 def mean_iou(predictions, boxes):
-    check(predictions, boxes)
-    return mean([iou(p, b) for p, b in zip(predictions, boxes)])
+    return average(iou, predictions, boxes)
 
 
-# -------------------------------------------------------------------------------------------------------- yes and no
-def pope_answer(text: str) -> str:
+# ---------------------------------------------------------------------------------------------------
+# Yes and no
+
+
+def pope_answer(text):
     """The official reading: "no" if the first sentence has the word No, no or not; anything else, even "", is "yes"."""
     words = text.split(".")[0].replace(",", "").split(" ")
     return "no" if {"No", "no", "not"} & set(words) else "yes"
 
 
-def pope(predictions, labels) -> dict:
+def pope(predictions, labels):
     """POPE (arXiv 2305.10355); "yes" is the positive class, and a ratio of nothing to nothing is 0."""
     check(predictions, labels)
-    said, truth = [pope_answer(p) == "yes" for p in predictions], [yes(label) for label in labels]
-    tp = sum(s and t for s, t in zip(said, truth))
-    accuracy, count = mean([float(s == t) for s, t in zip(said, truth)])
+    said = [pope_answer(text) == "yes" for text in predictions]
+    truth = [yes(label) for label in labels]
+    true_positives = sum(s and t for s, t in zip(said, truth))
+    accuracy, count = mean([s == t for s, t in zip(said, truth)])
     return {
         "accuracy": accuracy,
-        "precision": tp / max(1, sum(said)),
-        "recall": tp / max(1, sum(truth)),
-        "f1": 2 * tp / max(1, sum(said) + sum(truth)),
+        "precision": true_positives / max(1, sum(said)),
+        "recall": true_positives / max(1, sum(truth)),
+        "f1": 2 * true_positives / max(1, sum(said) + sum(truth)),
         "yes_ratio": sum(said) / count,
         "count": count,
     }
@@ -242,13 +247,16 @@ MME_PARTS = {
 }
 
 
-def mme_answer(text: str) -> str:
+def mme_answer(text):
     """The official reading: "yes", else "no", if it stands in the first four letters ("know" is a no), else "other"."""
     start = text[:4].lower()
-    return "yes" if "yes" in start else "no" if "no" in start else "other"
+    for word in ("yes", "no"):
+        if word in start:
+            return word
+    return "other"
 
 
-def mme(predictions, labels, subtasks, images) -> dict:
+def mme(predictions, labels, subtasks, images):
     """MME (arXiv 2306.13394): of each subtask acc (questions right), acc+ (images with both questions right) and their
     sum as points of 200; the sums over perception (of 2000) and cognition (of 800). "other" is wrong.
 
@@ -256,34 +264,35 @@ def mme(predictions, labels, subtasks, images) -> dict:
     """
     for column in (labels, subtasks, images):
         check(predictions, column)
-    right = {}  # subtask -> image -> [right, right]
+    right = defaultdict(lambda: defaultdict(list))  # subtask -> image -> [right, right]
     for text, label, subtask, image in zip(predictions, labels, subtasks, images):
-        right.setdefault(subtask, {}).setdefault(image, []).append(
-            mme_answer(text) == ("yes" if yes(label) else "no")
-        )
+        truth = "yes" if yes(label) else "no"
+        right[subtask][image].append(mme_answer(text) == truth)
     table = {}
     for subtask, by_image in right.items():
         crowded = [image for image, answers in by_image.items() if len(answers) > 2]
         assert not crowded, f"MME asks two questions an image; {subtask} has more on {crowded[0]}"
-        questions = [answer for answers in by_image.values() for answer in answers]
+        acc, count = mean(sum(by_image.values(), []))
         pairs = [all(answers) for answers in by_image.values() if len(answers) == 2]
-        acc, plus = sum(questions) / len(questions), sum(pairs) / max(1, len(pairs))
+        plus = sum(pairs) / max(1, len(pairs))
         table[subtask] = {
             "acc": acc,
             "acc+": plus,
             "score": 100 * (acc + plus),
-            "count": len(questions),
+            "count": count,
             "images": len(pairs),
         }
-    parts = {
-        part: math.fsum(table[s]["score"] for s in names if s in table)
-        for part, names in MME_PARTS.items()
-    }
-    return parts | {"subtasks": table, "count": len(predictions)}
+    result = {"subtasks": table, "count": len(predictions)}
+    for part, names in MME_PARTS.items():
+        result[part] = math.fsum(table[name]["score"] for name in names if name in table)
+    return result
 
 
-# ------------------------------------------------------------------------------------------------------------ shared
-def yes(label: str) -> bool:
+# ---------------------------------------------------------------------------------------------------
+# Shared
+
+
+def yes(label):
     """Of a label in an annotation file. A prediction may be anything; a label may not."""
     word = label.strip().lower()
     assert word in ("yes", "no"), f"a label must be yes or no, not {label!r}"
@@ -304,3 +313,8 @@ def check_list(texts):
 
 def mean(scores):
     return math.fsum(scores) / len(scores), len(scores)
+
+
+def average(score, predictions, truths):
+    check(predictions, truths)
+    return mean([score(prediction, truth) for prediction, truth in zip(predictions, truths)])

@@ -5,7 +5,6 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,12 +15,15 @@ from test_sample import whole as without_cache
 
 import evaluate
 import sample
+import support.commands
 import support.drawing
 import support.metrics
-import weights.checkpoint
+import support.start
+import weights
 from evaluate import is_right, parts, score, submission
+from support.ranks import Ranks
+from text import Tokenizer
 from text.boxes import parse_box
-from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 COUNTS = {"captions": 7, "vqa": 11, "refs": 9, "regions": 5, "chat": 6}
@@ -31,13 +33,16 @@ COUNTS = {"captions": 7, "vqa": 11, "refs": 9, "regions": 5, "chat": 6}
 def world(tmp_path_factory):
     """A checkpoint and a mixture with a source of every kind, all of it small and not square."""
     folder, rng = tmp_path_factory.mktemp("evaluate"), np.random.default_rng(0)
-    weights.checkpoint.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
+    weights.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
     (folder / "images").mkdir()
     for n in range(12):
         Image.fromarray(rng.integers(0, 255, (30, 50, 3), np.uint8)).save(
             folder / f"images/{n}.png"
         )
-    write = lambda name, what: (folder / f"{name}.json").write_text(json.dumps(what))
+
+    def write(name, what):
+        return (folder / f"{name}.json").write_text(json.dumps(what))
+
     write(
         "captions",
         {
@@ -62,15 +67,18 @@ def world(tmp_path_factory):
             for n in range(11)
         ],
     )
-    refs = lambda count: [
-        {
-            "img_name": f"{n}.png",
-            "bbox": [5, 3, 25, 27],
-            "segment_id": n,
-            "sentences": [{"sent": f"the {'very ' * n} red one", "sent_id": 500 + n}],
-        }
-        for n in range(count)
-    ]
+
+    def refs(count):
+        return [
+            {
+                "img_name": f"{n}.png",
+                "bbox": [5, 3, 25, 27],
+                "segment_id": n,
+                "sentences": [{"sent": f"the {'very ' * n} red one", "sent_id": 500 + n}],
+            }
+            for n in range(count)
+        ]
+
     write("refs", refs(9))
     write("regions", refs(5))
     write(
@@ -143,7 +151,10 @@ def test_every_sample_is_answered_once_in_order_with_what_scoring_needs(whole):
         for turn in range(1 + (name == "chat"))
     )
     assert all(r["said"] for r in rows)
-    of = lambda name: next(r for r in rows if r["source"] == name)
+
+    def of(name):
+        return next(r for r in rows if r["source"] == name)
+
     assert len(of("captions")["truth"]) == 2 and of("captions")["image_id"] == 0
     assert (
         of("refs")["box"] == [5, 3, 25, 27]
@@ -160,7 +171,7 @@ def test_every_sample_is_answered_once_in_order_with_what_scoring_needs(whole):
 
 def test_answers_are_those_of_sample_py(world, whole):
     rows = [json.loads(line) for line in whole[0].splitlines()]
-    model, tokenizer = sample.load_model(world / "ck", device="cpu")
+    model, tokenizer = support.start.load_model(world / "ck", device="cpu")
     for source, kind in (("vqa", "vqa"), ("refs", "ground"), ("captions", "caption")):
         r = next(r for r in rows if r["source"] == source and r["number"] == 3)
         image = sample.open_image(world / "images/3.png")
@@ -175,16 +186,14 @@ def test_answers_are_those_of_sample_py(world, whole):
 
 def test_ranks_share_the_work_in_whole_windows(world, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        sample, "answer", lambda model, tokenizer, images, *_, **__: ["x"] * len(images)
+        sample, "generate", lambda model, tokenizer, images, *_, **__: ["x"] * len(images)
     )
-    args = evaluate.parse(["--data", str(world / "all.toml"), "--batch", "1"])
-    model, tokenizer = sample.load_model(world / "ck", device="cpu")
-    exams, seen = evaluate.open_exams(args, model, tokenizer), []
+    model, tokenizer = support.start.load_model(world / "ck", device="cpu")
+    exams, seen = evaluate.open_exams(model, tokenizer, world / "all.toml"), []
     for rank in range(2):
         (tmp_path / f"{rank}").mkdir()
-        evaluate.decode(
-            exams, model, tokenizer, args, SimpleNamespace(rank=rank, world=2), tmp_path / f"{rank}"
-        )
+        ranks = Ranks(rank, 2, torch.device("cpu"))
+        evaluate.answer_exams(exams, model, tokenizer, tmp_path / f"{rank}", 1, {}, ranks)
         seen.append({evaluate.key(r) for r in evaluate.read_rows(tmp_path / f"{rank}")})
     assert (
         min(map(len, seen)) > 8
@@ -196,7 +205,7 @@ def test_ranks_share_the_work_in_whole_windows(world, tmp_path, monkeypatch):
 def test_an_evaluation_killed_and_rerun_ends_with_the_same_file(
     world, whole, tmp_path, monkeypatch
 ):
-    answer, calls = sample.answer, []
+    answer, calls = sample.generate, []
 
     def mortal(*args, **settings):
         calls.append(1)
@@ -204,7 +213,7 @@ def test_an_evaluation_killed_and_rerun_ends_with_the_same_file(
             raise KeyboardInterrupt
         return answer(*args, **settings)
 
-    monkeypatch.setattr(sample, "answer", mortal)
+    monkeypatch.setattr(sample, "generate", mortal)
     for _ in range(3):
         with pytest.raises(KeyboardInterrupt):
             run(world, tmp_path / "e")
@@ -278,11 +287,11 @@ def test_another_evaluation_does_not_mix_into_a_folder(world, whole, capsys):
         "2",
     ]
     for more, names in (
-        (["--max-new-tokens", "9"], "length"),
+        (["--max-new-tokens", "9"], "max_new_tokens"),
         (["--max-new-tokens", "8", "--limit", "3"], "sources"),
         (["--max-new-tokens", "8", "--beams", "2"], "beams"),
     ):
-        code = sample.run(
+        code = support.commands.run(
             lambda more=more: evaluate.main([*argv, *more, "--out", str(world / "whole")])
         )
         err = capsys.readouterr().err
@@ -357,7 +366,9 @@ def test_the_same_things_in_any_order_are_the_same():
 
 
 def test_submission_files_are_what_the_servers_take(world, whole):
-    read = lambda name: json.loads((world / f"whole/{name}.submission.json").read_text())
+    def read(name):
+        return json.loads((world / f"whole/{name}.submission.json").read_text())
+
     assert [sorted(e) for e in read("vqa")] == [["answer", "question_id"]] * 11 and read("vqa")[3][
         "question_id"
     ] == 73
@@ -436,7 +447,7 @@ def test_the_contact_sheet_shows_wrong_and_right_with_both_boxes(world, tmp_path
             for t in text
         ]
 
-    monkeypatch.setattr(sample, "answer", half_right)
+    monkeypatch.setattr(sample, "generate", half_right)
     run(world, tmp_path / "e", "--task", "ground", "--sheet", tmp_path / "sheet.png")
     assert [e for e in json.loads((tmp_path / "e/scores.json").read_text())] == ["refs"]
     page = np.asarray(Image.open(tmp_path / "sheet.png").convert("RGB")).astype(int)
@@ -496,7 +507,7 @@ def test_a_wrong_input_is_one_sentence_and_exit_code_2(
         (world / f"{name}.toml").write_text(refs.format(f"{name}.json"))
     argv = (["--ckpt", "ck"] if "--ckpt" not in argv else []) + argv
     argv += ["--device", "cpu", "--max-new-tokens", "3", "--out", str(tmp_path / "e")]
-    code = sample.run(lambda: evaluate.main(argv))
+    code = support.commands.run(lambda: evaluate.main(argv))
     err = capsys.readouterr().err
     assert code == 2 and names in err and err.count("\n") == 1 and "Traceback" not in err, err
 

@@ -1,12 +1,13 @@
 """generate_ids against transformers' generate on a LLaVA with random weights, loaded from its saved folder."""
 
+import numpy as np
 import oracle
 import pytest
 import torch
 
-import weights.llava
+import weights
 from model import IMAGE
-from sample import generate_ids, sampler
+from sample import draw, generate_ids
 
 CELLS, SLOT = 16, 100  # visual tokens of an image, and transformers' id for their places
 
@@ -27,13 +28,16 @@ def pair(tmp_path_factory):
     with torch.no_grad():
         theirs.lm_head.weight.mul_(5)
     folder = oracle.folder(theirs, tmp_path_factory.mktemp("llava"))
-    return theirs, weights.llava.load_llava(folder)
+    return theirs, weights.load_llava(folder)
 
 
 def prompts(*shapes, seed=0):
     """(text before, images, text after) each -> rows of ids with IMAGE, and the images in their order."""
     rng = torch.Generator().manual_seed(seed)
-    text = lambda n: torch.randint(3, 100, (n,), generator=rng).tolist()
+
+    def text(n):
+        return torch.randint(3, 100, (n,), generator=rng).tolist()
+
     rows = [
         text(before) + [IMAGE] * CELLS * images + text(after) for before, images, after in shapes
     ]
@@ -84,7 +88,10 @@ MODES = [
     dict(beams=5, length_penalty=0.0, min_new_tokens=8),
     dict(beams=3, length_penalty=-1.0),
 ]
-name = lambda mode: "-".join(f"{k}{v}" for k, v in mode.items()) or "greedy"
+
+
+def name(mode):
+    return "-".join(f"{k}{v}" for k, v in mode.items()) or "greedy"
 
 
 @pytest.mark.parametrize("rows, images", [UNEQUAL, TEXT, ALONE], ids=["images", "text", "alone"])
@@ -144,19 +151,24 @@ def test_it_stops_when_every_row_is_done_and_allocates_one_cache(pair, monkeypat
     monkeypatch.setattr(
         ours.llm,
         "forward",
-        lambda x, cache, *rest, **more: (
+        lambda x, positions, mask, cache: (
             calls.append(x.shape[1]),
-            caches.append(cache.kv.data_ptr()),
-            forward(x, cache, *rest, **more),
+            caches.append(cache),
+            forward(x, positions, mask, cache),
         )[2],
     )
     said = generate_ids(ours, images, rows, max_new_tokens=40, eos=eos)
     assert 3 <= max(map(len, said)) < 39
-    assert calls == [max(map(len, rows))] + [1] * max(map(len, said)) and len(set(caches)) == 1
+    assert (
+        calls == [max(map(len, rows))] + [1] * max(map(len, said))
+        and len({id(c) for c in caches}) == 1
+    )
     rows, calls[:], caches[:] = TEXT[0], [], []
     generate_ids(ours, images, rows, image_index=[], max_new_tokens=20, eos=103, beams=3)
-    assert calls == [max(map(len, rows))] + [3] * 19 and len(set(caches)) == 1, (
-        "beams are told, never moved"
+    assert calls == [max(map(len, rows))] + [3] * 19 and len({id(c) for c in caches}) == 1
+    ((keys, _), *_) = caches[0].layers.values()
+    assert keys.shape[:3] == (len(rows), 2, max(map(len, rows)) + 3 * 19), (
+        "a prompt is held once, for all of its beams"
     )
 
 
@@ -181,8 +193,9 @@ def test_draws_follow_softmax_after_temperature_top_k_and_top_p(pair):
         want[keep] = p[keep] / mass
         drawn = []
         for at in range(0, n, 5000):
-            choose = sampler(temperature, top_k, top_p, at, 5000, 1, "cpu")
-            drawn += choose(logits.expand(5000, -1), 0).tolist()
+            numbers = [np.random.default_rng(at + i).random(1) for i in range(5000)]
+            scaled = (logits / temperature).expand(5000, -1)
+            drawn += draw(scaled, torch.tensor(np.array(numbers)), top_k, top_p).tolist()
         seen = torch.bincount(torch.tensor(drawn), minlength=len(p)).double()
         assert seen[want == 0].sum() == 0
         often = want * n >= 5

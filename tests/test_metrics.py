@@ -81,7 +81,10 @@ def official_cider(predictions, references):
 def test_cider_of_random_corpora_is_the_official_scorers(seed, per_image):
     rng = random.Random(seed)
     words = [f"w{i}" for i in range(rng.choice([3, 12, 60]))]
-    sentence = lambda: " ".join(rng.choices(words, k=rng.choice([0, 1, 2, 3, 8, 15])))
+
+    def sentence():
+        return " ".join(rng.choices(words, k=rng.choice([0, 1, 2, 3, 8, 15])))
+
     references = [[sentence() for _ in range(per_image)] for _ in range(rng.choice([2, 7, 40]))]
     predictions = [
         rng.choice([sentence(), "", rng.choice(rs), "w1 w1 w1 w1", "never seen in any reference"])

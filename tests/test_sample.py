@@ -17,11 +17,13 @@ from test_weights import released
 
 import sample
 import support.drawing
-import weights.checkpoint
+import support.start
+import weights
 from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+from support.commands import run
 from support.errors import BadInput
+from text import Tokenizer, encode_prompt
 from text.templates import SYSTEM, prompt
-from text.tokenizer import Tokenizer, encode_prompt
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets/toy/tokenizer.model"
@@ -50,7 +52,7 @@ def tiny():
 def made(tmp_path_factory):
     """A folder with a checkpoint and pictures: one wide, one tall, one small."""
     folder = tmp_path_factory.mktemp("sample")
-    weights.checkpoint.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
+    weights.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
     (folder / "photos").mkdir()
     rng = np.random.default_rng(0)
     for name, (w, h) in {"wide": (90, 40), "tall": (40, 90), "small": (24, 24)}.items():
@@ -64,12 +66,12 @@ def made(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(made):
-    return sample.load_model(made / "ck", device="cpu")
+    return support.start.load_model(made / "ck", device="cpu")
 
 
 def command(capsys, *argv):
     """(exit code, what was printed, what was complained about) of sample.py in this process."""
-    code = sample.run(lambda: sample.main([str(a) for a in argv]))
+    code = run(lambda: sample.main([str(a) for a in argv]))
     out, err = capsys.readouterr()
     return code, out, err
 
@@ -405,10 +407,10 @@ def test_without_a_checkpoint_it_takes_the_newest_or_says_what_makes_one(
         ("stage2/step-00000002", 9),
         ("stage1/step-00000020", 1),
     ):
-        weights.checkpoint.save(tmp_path / "out" / name, tiny(), Tokenizer(TOKENIZER))
+        weights.save(tmp_path / "out" / name, tiny(), Tokenizer(TOKENIZER))
         os.utime(tmp_path / "out" / name / "config.json", (age, age))
-    assert str(sample.newest()) == "out/stage2/step-00000002"
-    named, _ = sample.load_model(
+    assert str(support.start.newest()) == "out/stage2/step-00000002"
+    named, _ = support.start.load_model(
         "out/stage1/step-00000020/model.safetensors", device="cpu"
     )  # as some name it
     assert torch.equal(named.llm.embed.weight, tiny().llm.embed.weight)
@@ -417,25 +419,25 @@ def test_without_a_checkpoint_it_takes_the_newest_or_says_what_makes_one(
 def test_it_opens_a_llava_folder_and_the_released_file(tmp_path, monkeypatch):
     folder = oracle.folder(oracle.llava(vocab_size=700), tmp_path / "llava")
     with pytest.raises(BadInput, match="no tokenizer.model; name LLaMA's with --tokenizer"):
-        sample.load_model(folder, device="cpu")
-    model, _ = sample.load_model(folder, TOKENIZER, device="cpu")
+        support.start.load_model(folder, device="cpu")
+    model, _ = support.start.load_model(folder, TOKENIZER, device="cpu")
     assert model.config.adapter == "mlp" and model.config.image_mark == "<ImageHere>"
     args = sample.parse(["--image", str(ROOT), "--task", "vqa", "--prompt", "What?"])
     assert (
         sample.question(args, model.config.image_mark) == "<ImageHere>Question:what? Short answer:"
     )
     (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    assert sample.load_model(folder, device="cpu")[1].size == Tokenizer(TOKENIZER).size
+    assert support.start.load_model(folder, device="cpu")[1].size == Tokenizer(TOKENIZER).size
     with pytest.raises(BadInput, match="pieces, more than the 104"):
-        sample.load_model(
+        support.start.load_model(
             oracle.folder(oracle.llava(), tmp_path / "other"), TOKENIZER, device="cpu"
         )
 
     ours = tiny()
     torch.save(released(ours), tmp_path / "InfMLLM.bin")
-    monkeypatch.setattr(sample, "PRESETS", {"infmllm-7b": lambda: ours.config})
+    monkeypatch.setattr(support.start.models, "PRESETS", {"infmllm-7b": lambda: ours.config})
     (tmp_path / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    model, tokenizer = sample.load_model(tmp_path / "InfMLLM.bin", device="cpu")
+    model, tokenizer = support.start.load_model(tmp_path / "InfMLLM.bin", device="cpu")
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters()))
 
 
@@ -480,9 +482,10 @@ def test_labels_of_boxes_that_nearly_coincide_do_not_hide_one_another():
         (0.3, 0.5, 0.7, 1.0),
     ):
         near = tuple(v * 0.98 for v in box)
-        ground = lambda drawn, colour: (
-            abs(np.asarray(drawn).astype(int) - colour).sum(2) < 12
-        ).sum()
+
+        def ground(drawn, colour):
+            return (abs(np.asarray(drawn).astype(int) - colour).sum(2) < 12).sum()
+
         both = support.drawing.draw_boxes(
             image,
             [(box, "a thing", support.drawing.TRUE), (near, "a thing", support.drawing.NAMED)],

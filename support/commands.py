@@ -1,0 +1,61 @@
+"""What the scripts have in common as commands: flags with bounds, and how they end."""
+
+import argparse
+import math
+import os
+import sys
+
+from support.errors import BadInput, complain
+
+
+class Parser(argparse.ArgumentParser):
+    """A wrong flag is one sentence, as any other bad input."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+
+    def error(self, message):
+        raise BadInput(f"{message}; --help lists the flags")
+
+
+def number(kind, low, high=math.inf):
+    """An argparse type: a number within bounds."""
+
+    def read(text):
+        limits = f"from {low}" + (f" to {high}" if high < math.inf else "")
+        try:
+            value = kind(text)
+        except ValueError:
+            value = math.nan
+        if not low <= value <= high or math.isinf(value):
+            raise argparse.ArgumentTypeError(f"{text!r} is no number {limits}")
+        return value
+
+    return read
+
+
+def run(main):
+    """main() as a command: what a user brought wrong is one sentence and exit code 2."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a terminal may lack the letters of an answer
+            stream.reconfigure(errors="backslashreplace")
+    try:
+        main()
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        mute()  # the reader has gone
+    except (BadInput, OSError, RuntimeError) as e:
+        code = complain(e)
+        if not isinstance(e, BadInput):
+            mute()
+        return code
+    return 0
+
+
+def mute():
+    """Drop in silence what is still to be flushed."""
+    if sys.stdout:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
