@@ -8,9 +8,10 @@ from safetensors.torch import load_file
 
 import tools.backbones
 import toy
-import weights.checkpoint
-from model import Config, LlamaConfig, ViTConfig
-from text.tokenizer import Tokenizer
+import weights
+from model import PIXEL_MEAN, PIXEL_STD, Config, LlamaConfig, ViTConfig
+from support.errors import BadInput
+from text import Tokenizer
 
 ASSETS = Path(__file__).parent.parent / "assets" / "toy"
 MINI = Config(
@@ -25,7 +26,7 @@ def scratch(tmp_path):
     return tmp_path
 
 
-def weights(folder, part):
+def taught(folder, part):
     return torch.load(folder / f"{part}.pt")["net"]
 
 
@@ -35,18 +36,18 @@ def test_schooling_lowers_the_loss_and_an_interrupted_one_ends_where_a_whole_one
 ):
     losses = tools.backbones.school(part, scratch, 0, PLAN, MINI, every=100)
     assert sum(losses[-4:]) < 0.8 * sum(losses[:4])
-    whole = weights(scratch, part)
+    whole = taught(scratch, part)
     (scratch / f"{part}.pt").unlink()
     first = tools.backbones.school(part, scratch, 0, PLAN, MINI, stop=25, every=100)
     second = tools.backbones.school(part, scratch, 0, PLAN, MINI, every=100)
     assert first + second == losses
-    for name, tensor in weights(scratch, part).items():
+    for name, tensor in taught(scratch, part).items():
         assert torch.equal(tensor, whole[name]), name
 
 
 def test_a_schooling_begun_with_another_seed_is_not_gone_on_with(scratch):
     tools.backbones.school("vit", scratch, 0, PLAN, MINI, stop=1)
-    with pytest.raises(toy.BadInput, match="began with --seed 0"):
+    with pytest.raises(BadInput, match="began with --seed 0"):
         tools.backbones.school("vit", scratch, 1, PLAN, MINI)
 
 
@@ -77,7 +78,7 @@ def test_the_tokenizer_that_ships_is_the_one_that_the_program_makes(tmp_path):
 
 
 def test_the_shipped_llama_reads_a_scene_that_is_spelt_out():
-    model, tokenizer = weights.checkpoint.load(ASSETS), Tokenizer(ASSETS)
+    model, tokenizer = weights.load(ASSETS), Tokenizer(ASSETS)
     reader = tools.backbones.pupil("llm", 0, tokenizer)
     reader.llm.load_state_dict(model.llm.state_dict())
     reader.slots.data = load_file(ASSETS / "slots.safetensors")["slots"]
@@ -88,14 +89,14 @@ def test_the_shipped_llama_reads_a_scene_that_is_spelt_out():
 
 def test_the_shipped_vit_tells_what_lies_where_by_a_linear_probe():
     """The heads are thrown away, so that new ones are fitted on 600 scenes by least squares: colour, shape, size."""
-    vit = weights.checkpoint.load(ASSETS).vit
+    vit = weights.load(ASSETS).vit
     seer = tools.backbones.Seer(vit.config, 0)
     seer.vit.load_state_dict(vit.state_dict())
 
     @torch.no_grad()
     def features(split, numbers):
         images, classes, _ = seer.batch(7, split, numbers)
-        mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (toy.PIXEL_MEAN, toy.PIXEL_STD))
+        mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (PIXEL_MEAN, PIXEL_STD))
         x = torch.nn.functional.layer_norm(
             vit((images.float() - mean) / std)[:, 1:], (vit.config.width,)
         )

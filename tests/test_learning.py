@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import evaluate
+import support.start
 import toy
 import train
 
@@ -26,37 +27,23 @@ COMMON = [
 ]
 
 
-def scores(ckpt, out, rows=100):
-    args = [
-        "--ckpt",
-        ckpt,
-        "--data",
-        "out/toy/heldout.toml",
-        "--limit",
-        rows,
-        "--beams",
-        1,
-        "--min-new-tokens",
-        0,
-        "--max-new-tokens",
-        40,
-        "--batch",
-        50,
-        "--out",
-        out,
-        "--device",
-        "cpu",
-    ]
-    found, _ = evaluate.examine(evaluate.parse([str(a) for a in args]))
-    found = evaluate.table(found)
-    of = {
-        "captions": ("captions", "CIDEr-D"),
-        "answers": ("vqa", "exact"),
-        "boxes": ("refs", "mean IoU"),
-        "what is in a box": ("regions", "exact, any order"),
-        "chat": ("chat", "right"),
+METRICS = {
+    "captions": ("captions", "CIDEr-D"),
+    "answers": ("vqa", "exact"),
+    "boxes": ("refs", "mean IoU"),
+    "what is in a box": ("regions", "exact, any order"),
+    "chat": ("chat", "right"),
+}
+
+
+def scores(ckpt, out):
+    model, tokenizer = support.start.load_model(ckpt, device="cpu")
+    data, short = "out/toy/heldout.toml", dict(beams=1, min_new_tokens=0, max_new_tokens=40)
+    found = evaluate.evaluate(model, tokenizer, data, out, limit=100, batch=50, **short)
+    of_source = {
+        source: {metric: score for metric, score, _ in rows} for source, rows in found.items()
     }
-    return {name: found[source][metric]["score"] for name, (source, metric) in of.items()}
+    return {name: of_source[source][metric] for name, (source, metric) in METRICS.items()}
 
 
 @pytest.fixture(scope="module")
