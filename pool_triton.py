@@ -11,10 +11,9 @@ Bytes through memory (b the size of a number); a few operations a byte, so these
     backward    2b*N*s*s*D + b*N*P*P*D           x in, dx out, dy in    + 8*N*s*s
     x frozen    b*N*s*s*D + b*N*P*P*D            x in, dy in: dx is neither computed nor written
 
-Window i covers the rows floor(i*s/P) .. ceil((i+1)*s/P), as adaptive_avg_pool2d does, so windows overlap where P does
-not divide s. A patch then gathers its gradient from every window that covers it, and those are the windows
-floor(r*P/s) .. ceil((r+1)*P/s): the same line with s and P exchanged. So nothing is scattered, no atomics are needed,
-and the weight's gradient is summed per program, then over programs, in a fixed order: every run gives the same bits.
+A window is K x K patches: P divides s. Where it does not, windows overlap as in adaptive average pooling, and adapter.py
+takes the reference. A patch lies in one window, so nothing is scattered and no atomics are needed; the weight's gradient
+is summed per program, then over programs, in a fixed order: every run gives the same bits.
 
 Names of dimensions: N images, s patches per side, P windows per side, D the ViT's width. An absent input or output is a
 null pointer, and the code that it would need is not compiled.
@@ -29,13 +28,6 @@ from adapter import side
 
 # TRITON_INTERPRET=1: the kernels run in numpy, on CPU tensors
 INTERPRETED = triton.knobs.runtime.interpret
-
-
-@triton.jit
-def span(i, s: tl.constexpr, P: tl.constexpr):
-    """Row i of windows covers the rows of patches from the first number to before the second. With s and P
-    exchanged: row i of patches lies under these rows of windows."""
-    return i * s // P, ((i + 1) * s + P - 1) // P
 
 
 @triton.jit
@@ -54,26 +46,22 @@ def forward_kernel(
     s: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
-    K: tl.constexpr,  # patches along the side of the largest window
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
+    K: tl.constexpr = s // P  # patches along the side of a window
     window = tl.program_id(0) * ROWS + tl.arange(0, ROWS)  # (ROWS,)
+    live = window < windows
     n = (window // (P * P)).to(tl.int64)
-    i = window // P % P
-    j = window % P
-    top, bottom = span(i, s, P)
-    left, right = span(j, s, P)
+    top = window // P % P * K
+    left = window % P * K
     col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     inside = col < D
     total = tl.zeros((ROWS, BLOCK), tl.float32)
     # with STAGES > 1 the next patch loads while this one is added
     for k in tl.range(0, K * K, num_stages=STAGES):
-        r = top + k // K
-        c = left + k % K
-        live = (window < windows) & (r < bottom) & (c < right)  # smaller windows end early
-        patch = (r * s + c).to(tl.int64)
+        patch = ((top + k // K) * s + left + k % K).to(tl.int64)
         row = x_ptr + (n * xn + patch * xt)[:, None]
         x = tl.load(row + col * xd, live[:, None] & inside, other=0.0).to(tl.float32)
         if w_ptr is not None:
@@ -82,18 +70,18 @@ def forward_kernel(
             x = tl.where(inside, x - mean[:, None], 0.0)
             rstd = tl.where(live, tl.rsqrt(tl.sum(x * x, 1) / D + eps), 0.0)
             x *= rstd[:, None]
-            if mean_ptr is not None:  # where windows overlap, each writes the same bits
+            if mean_ptr is not None:
                 tl.store(mean_ptr + n * s * s + patch, mean, live)
                 tl.store(rstd_ptr + n * s * s + patch, rstd, live)
         total += x
-    y = total * (1.0 / ((bottom - top) * (right - left)))[:, None]
+    y = total * (1.0 / (K * K))
     # the mean is affine in the patches: weight and bias once a window, not once a patch
     if w_ptr is not None:
         y *= tl.load(w_ptr + col, inside, other=0.0).to(tl.float32)
     if b_ptr is not None:
         y += tl.load(b_ptr + col, inside, other=0.0).to(tl.float32)
     y_row = y_ptr + window.to(tl.int64)[:, None] * D
-    tl.store(y_row + col, y, (window < windows)[:, None] & inside)
+    tl.store(y_row + col, y, live[:, None] & inside)
 
 
 @triton.jit
@@ -112,18 +100,16 @@ def backward_kernel(
     xn,  # the three strides of x
     xt,
     xd,
-    tiles,  # N*G*G * K*K//ROWS
+    tiles,  # N*s*s // ROWS
     s: tl.constexpr,
     P: tl.constexpr,
     D: tl.constexpr,
-    G: tl.constexpr,  # groups per side; the K*K patches of a group lie under the same windows
-    V: tl.constexpr,  # windows over a group per side, at most
     ROWS: tl.constexpr,
     BLOCK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    K: tl.constexpr = s // G
-    TILES: tl.constexpr = K * K // ROWS  # of a group
+    K: tl.constexpr = s // P
+    TILES: tl.constexpr = K * K // ROWS  # of a window
     col = tl.arange(0, BLOCK)[None, :]  # (1, BLOCK)
     inside = col < D
     if w_ptr is not None:
@@ -131,26 +117,17 @@ def backward_kernel(
     dw = tl.zeros((1, BLOCK), tl.float32)
     db = tl.zeros((1, BLOCK), tl.float32)
     for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), num_stages=STAGES):
-        group = tile // TILES
-        n = (group // (G * G)).to(tl.int64)
-        top = group // G % G * K
-        left = group % G * K
-        # the gradient with respect to any affine patch of this group, gathered from its windows
-        g = tl.zeros((1, BLOCK), tl.float32)
-        for v in tl.static_range(V * V):
-            i = top * P // s + v // V
-            j = left * P // s + v % V
-            up, down = span(i, s, P)
-            west, east = span(j, s, P)
-            covers = (up <= top) & (west <= left)
-            columns = tl.where(covers, D, 0)  # of a window elsewhere nothing is loaded
-            row = dy_ptr + n * yn + (i * P + j).to(tl.int64) * yt
-            dy = tl.load(row + col * yd, col < columns, other=0.0).to(tl.float32)
-            g += dy * (1.0 / ((down - up) * (east - west)))
+        window = tile // TILES
+        n = (window // (P * P)).to(tl.int64)
+        i = window // P % P
+        j = window % P
+        # the gradient with respect to any affine patch of this window
+        row = dy_ptr + n * yn + (i * P + j).to(tl.int64) * yt
+        g = tl.load(row + col * yd, inside, other=0.0).to(tl.float32) * (1.0 / (K * K))
         if db_ptr is not None:
             db += g
-        k = tile % TILES * ROWS + tl.arange(0, ROWS)  # (ROWS,) within the group
-        patch = ((top + k // K) * s + left + k % K).to(tl.int64)
+        k = tile % TILES * ROWS + tl.arange(0, ROWS)  # (ROWS,) within the window
+        patch = ((i * K + k // K) * s + j * K + k % K).to(tl.int64)
         dx = tl.broadcast_to(g, (ROWS, BLOCK))
         if x_ptr is not None:
             row = x_ptr + n * xn + patch[:, None] * xt
@@ -186,11 +163,6 @@ def tiling(D):
     return dict(D=D, BLOCK=block, STAGES=stages, num_warps=min(16, max(1, block // 512)))
 
 
-def reach(s, P):
-    """The most patches along one side of a window; with s and P exchanged, the most windows over one patch."""
-    return max(-(-(i + 1) * s // P) - i * s // P for i in range(P))
-
-
 # Two operators: torch.compile and the autograd engine see names, shapes and gradients, and nothing inside.
 # Each stands under the function that says what it returns. An output cannot be optional: what is not wanted
 # comes back empty.
@@ -211,8 +183,7 @@ def pool_forward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     y, mean, rstd = forward_outputs(x, weight, bias, grid, eps, keep_stats)
     N, patches, D = x.shape
-    s, P = side(patches), grid
-    windows = N * P * P
+    windows = N * grid * grid
     if windows == 0:
         return y, mean, rstd
     # few windows: rather more programs than larger ones
@@ -228,9 +199,8 @@ def pool_forward(
             *x.stride(),
             windows,
             eps,
-            s=s,
-            P=P,
-            K=reach(s, P),
+            s=side(patches),
+            P=grid,
             ROWS=rows,
             **tiling(D),
         )
@@ -261,8 +231,7 @@ def pool_backward(
     dx, dw, db = backward_outputs(dy, x, weight, mean, rstd, *wanted)
     N, windows, D = dy.shape
     s, P = side(mean.shape[1]), side(windows)
-    G = P if s % P == 0 else s  # where windows overlap, every patch has a gradient of its own
-    rows = 2 if s // G % 2 == 0 else 1
+    rows = 2 if s // P % 2 == 0 else 1
     tiles = N * s * s // rows
     if tiles == 0:
         return dx, dw.zero_(), db.zero_()
@@ -289,8 +258,6 @@ def pool_backward(
             tiles,
             s=s,
             P=P,
-            G=G,
-            V=reach(P, s),
             ROWS=rows,
             maxnreg=128,
             **shape,
@@ -329,6 +296,7 @@ def pool(x, weight, bias, grid, eps=1e-5):
         f"the pooling kernel cannot compute in {x.dtype}"
     )
     assert bias is None or weight is not None, "a bias without a weight: LayerNorm or none"
+    assert side(x.shape[1]) % grid == 0, f"{grid} windows do not divide {side(x.shape[1])} patches"
     inputs = [t for t in (x, weight, bias) if t is not None]
     trains = torch.is_grad_enabled() and any(t.requires_grad for t in inputs)
     y, _, _ = pool_forward(x, weight, bias, grid, eps, trains)

@@ -17,10 +17,12 @@ SHAPES = [
     (2, 2, 16),
     (3, 2, 7),
     (4, 2, 33),
+    (6, 2, 12),
+    (6, 3, 1),
     (4, 3, 12),
     (5, 3, 1),
     (2, 3, 6),
-]  # s, P, D
+]  # s, P, D; the last three overlap
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [
     (*shape, dtype, affine) for shape in SHAPES for dtype in DTYPES for affine in (False, True)
@@ -104,8 +106,16 @@ def check(function, s, P, D, dtype, affine, device="cpu", **how):
 
 @interpreted
 @pytest.mark.parametrize("s,P,D,dtype,affine", CASES, ids=str)
-def test_kernel_and_every_gradient_equal_float64_loops(s, P, D, dtype, affine):
-    check(pool_triton.pool, s, P, D, dtype, affine)
+def test_kernel_and_every_gradient_equal_float64_loops(s, P, D, dtype, affine, monkeypatch):
+    monkeypatch.setenv("NANO_POOL", "triton")  # overlapping windows: the reference all the same
+    check(adapter.pool, s, P, D, dtype, affine)
+
+
+@interpreted
+def test_the_kernel_refuses_windows_that_overlap():
+    x, weight, bias, _ = make(4, 3, 12, torch.float32, True)
+    with pytest.raises(AssertionError, match="3 windows do not divide 4 patches"):
+        pool_triton.pool(x[:, 1:], weight, bias, 3)
 
 
 @pytest.mark.parametrize("s,P,D,dtype,affine", CASES, ids=str)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from test_pool import CASES, check, loops, make, opcheck, run, whole_adapter
 
+import adapter
 import pool_triton
 
 pytestmark = pytest.mark.skipif(
@@ -16,6 +17,7 @@ WIDE = [
     (32, 8, 1408),
     (16, 16, 1408),
     (24, 8, 1024),
+    (24, 12, 1024),
     (24, 16, 1024),
     (7, 3, 1001),
 ]
@@ -29,7 +31,7 @@ WIDE_CASES = [
 
 @pytest.mark.parametrize("s,P,D,dtype,affine", CASES + WIDE_CASES, ids=str)
 def test_kernel_and_every_gradient_equal_float64_loops_on_the_device(s, P, D, dtype, affine):
-    check(pool_triton.pool, s, P, D, dtype, affine, "cuda")
+    check(adapter.pool, s, P, D, dtype, affine, "cuda")
 
 
 def test_operators_pass_opcheck_on_the_device():
@@ -50,7 +52,7 @@ def test_the_adapter_compiles_in_one_graph(dtype, s, P):
         assert (b - a).norm() <= loose * a.norm() and torch.equal(c, a)
 
 
-@pytest.mark.parametrize("s,P", [(32, 16), (24, 16)])
+@pytest.mark.parametrize("s,P", [(32, 16), (24, 12)])
 def test_a_hundred_runs_give_the_same_bits(s, P):
     *inputs, dy = make(s, P, 1408, torch.bfloat16, True, "cuda", N=16)
     first = run(pool_triton.pool, inputs, dy, P)
