@@ -87,6 +87,46 @@ def memory(model, s, world=1):
     }
 
 
+def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0):
+    """FLOPs of one image-text pair by part: the forward pass; with a stage also its gradients.
+
+    A multiply-add is two. Causal attention is counted at the half that it needs. Gradients: as much as
+    the forward pass for what flows through (dX), as much again for weights that train (dW).
+    Recomputation is not counted. tune "inner": `inner` layers are added to the LLM; they and its ends train.
+    """
+    v, l = c.vit, c.llm
+    layers = l.layers + inner
+    patches, T = v.prefix + v.side**2, c.visual_tokens + text
+    patch_embed = 2 * v.side**2 * 3 * v.patch**2 * v.width
+    vit_matrices = 2 * patches * (4 * v.width**2 + 2 * v.width * v.mlp)
+    vit = patch_embed + v.layers * (vit_matrices + 4 * patches**2 * v.width)
+    adapter_in = 2 * c.visual_tokens * v.width * l.width
+    adapter_out = 2 * c.visual_tokens * l.width**2
+    kv_width = l.width * l.kv_heads // l.heads
+    qv = 2 * T * l.width * (l.width + kv_width)
+    layer = 2 * T * l.width * (2 * l.width + 2 * kv_width + 3 * l.mlp)
+    attention = 2 * T * T * l.width
+    head = 2 * supervised * l.width * l.vocab
+    parts = {
+        "vit": vit,
+        "adapter": adapter_in + adapter_out,
+        "llm": layers * (layer + attention),
+        "head": head,
+    }
+    if stage is None:
+        return parts
+    tune = tune or models.TUNE[stage]
+    vit_trains = stage == 2 and tune != "inner"
+    if vit_trains:
+        parts["vit"] += 2 * vit - patch_embed  # pixels need no gradient
+    to_patches = vit_trains or c.ln_vision  # the gradient flows on through fc1
+    parts["adapter"] += 2 * adapter_out + adapter_in * (2 if to_patches else 1)
+    trained = {"none": 0, "qv": l.layers * qv, "full": l.layers * layer, "inner": inner * layer}
+    parts["llm"] += layers * (layer + 2 * attention) + trained[tune]
+    parts["head"] += head * (2 if tune in ("full", "inner") else 1)
+    return parts
+
+
 def arithmetic(c, s, batch=None):
     """FLOPs of a micro-batch, its gradients included; of one assumed row where no batch is given."""
     images, rows, text, supervised = 1, 1, s.text, s.answer
@@ -95,7 +135,7 @@ def arithmetic(c, s, batch=None):
         images = len(batch.images)
         text = max(0, T - c.visual_tokens)
         supervised = batch.supervised / rows
-    cost = models.flops(c, text, supervised, s.stage, s.tune, len(s.inner_layers or []))
+    cost = flops(c, text, supervised, s.stage, s.tune, len(s.inner_layers or []))
     return images * (cost["vit"] + cost["adapter"]) + rows * (cost["llm"] + cost["head"])
 
 

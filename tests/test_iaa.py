@@ -50,11 +50,11 @@ from model import (
     LlamaConfig,
     ViTConfig,
     count,
-    flops,
     init,
 )
 from sample import generate_ids
 from support.errors import BadInput
+from support.plan import flops
 from text.tokenizer import Tokenizer
 
 FAST = [

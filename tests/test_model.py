@@ -20,10 +20,10 @@ from model import (
     Llama,
     LlamaConfig,
     ViTConfig,
-    flops,
     init,
     resize_positions,
 )
+from support.plan import flops
 
 P2 = 4  # visual tokens of the tiny model: grid 2
 

@@ -139,7 +139,7 @@ def test_mfu_counts_what_a_stage_needs_and_images_apart_from_rows():
     batch = type(
         "Batch", (), {"tokens": torch.zeros(6, 56), "images": torch.zeros(2, 1), "supervised": 48}
     )
-    vit, adapter, llm, head = train.models.flops(config, 40, 8, 2).values()
+    vit, adapter, llm, head = support.plan.flops(config, 40, 8, 2).values()
     assert support.plan.arithmetic(config, settings(stage=2), batch) == 2 * (vit + adapter) + 6 * (
         llm + head
     )

@@ -30,10 +30,10 @@ from model import (
     InfMLLM,
     LlamaConfig,
     ViTConfig,
-    flops,
 )
 from sample import generate_ids
 from support import plan, start
+from support.plan import flops
 from support.ranks import Ranks
 from tools.measure import Table, copy_bandwidth, in_turns, seconds, typical, update_clock
 
