@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
 PATH = Path(__file__).parent / "golden" / "run.py"
 spec = importlib.util.spec_from_file_location("golden", PATH)
 golden = importlib.util.module_from_spec(spec)

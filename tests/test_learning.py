@@ -11,6 +11,7 @@ import support.start
 import toy
 import train
 
+pytestmark = pytest.mark.slow
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = {1: 100, 2: 160, 3: 50}
 COMMON = [
