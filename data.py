@@ -7,11 +7,10 @@
 Names of dimensions: B rows, T tokens, N images, S pixels per side, V = P*P visual tokens per image.
 """
 
-import dataclasses
 import itertools
 import zlib
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -67,16 +66,14 @@ class Batch:
     images: torch.Tensor  # (N,3,S,S) uint8; one grey picture if the rows have none
     tokens: torch.Tensor  # (B,T) int64, padded on the right
     targets: torch.Tensor  # (B,T) int64, IGNORE where nothing is asked
-    image_positions: (
-        torch.Tensor
-    )  # (N*V,) int64, b*T + t of every placeholder; -1 for the grey picture
+    image_positions: torch.Tensor  # (N*V,) int64, b*T + t of every placeholder; -1: nowhere
     target_positions: torch.Tensor  # (M,) int64, b*T + t of every target, padded with -1
     supervised: int  # how many targets count
     bad: list  # a sentence for every sample that was replaced
 
     def with_tensors(self, change):
         tensors = {k: change(v) for k, v in vars(self).items() if isinstance(v, torch.Tensor)}
-        return dataclasses.replace(self, **tensors)
+        return replace(self, **tensors)
 
     def to(self, device, non_blocking=False):
         return self.with_tensors(lambda t: t.to(device, non_blocking=non_blocking))
@@ -108,10 +105,9 @@ def collate(samples, pad, visual, image_size, bucket=BUCKET, bad=()):
     supervised = np.flatnonzero(targets != IGNORE)
     target_positions = np.full(round_up(len(supervised), bucket), -1)
     target_positions[: len(supervised)] = supervised
-    images = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2)  # (N,3,S,S), a view
-    arrays = (tokens, targets, image_positions, target_positions)
-    tensors = [torch.from_numpy(array) for array in arrays]
-    return Batch(images, *tensors, len(supervised), list(bad))
+    images = np.stack(pictures).transpose(0, 3, 1, 2)  # (N,3,S,S), a view
+    arrays = (images, tokens, targets, image_positions, target_positions)
+    return Batch(*map(torch.from_numpy, arrays), len(supervised), list(bad))
 
 
 def mix(x):
@@ -182,12 +178,12 @@ class Data:
         self.digest = zlib.crc32(self.shares)  # of shares, records' lengths and 64 texts each
         self.lengths = []  # tokens of each source's samples, estimated
         for source in self.sources:
-            numbers, texts = self.first_look(source)
-            for tokens in texts:
+            texts = self.first_look(source)
+            for tokens in texts.values():
                 self.digest = zlib.crc32(np.array(tokens), self.digest)
             self.digest = zlib.crc32(source.lengths.astype(np.int64), self.digest)
-            counts = [len(tokens) - tokens.count(IMAGE) for tokens in texts]
-            text = estimate_length(source.lengths, numbers, counts)
+            counts = [len(tokens) - tokens.count(IMAGE) for tokens in texts.values()]
+            text = estimate_length(source.lengths, list(texts), counts)
             lengths = text + source.images_each * self.visual
             self.lengths.append(lengths.clip(1, self.context).astype(np.int32))
 
@@ -196,19 +192,16 @@ class Data:
         return {source.name: len(source) for source in self.sources}
 
     def first_look(self, source):
-        """(numbers, their tokens) of 64 samples, less those that cannot be read; if none can, that is raised."""
-        numbers, texts, problems = [], [], []
+        """{number: tokens} of 64 samples, less those that cannot be read; if none can, that is raised."""
+        texts, problems = {}, []
         for number in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist():
             try:
-                tokens, _, _ = self.text(source, number, 0)
+                texts[number], _, _ = self.text(source, number, 0)
             except BadInput as e:
                 problems.append(e)
-                continue
-            numbers.append(number)
-            texts.append(tokens)
         if not texts:
             raise problems[0]
-        return numbers, texts
+        return texts
 
     def rows(self, step):
         """(B,2) of (source, number): the global batch of a step, short rows first, from (seed, step) alone."""
@@ -336,13 +329,9 @@ class Data:
         )
         with held_back():  # no signal ends a loader before it can ignore it
             stream = iter(loader)
-        micro_batches = []
-        for batch in stream:
-            self.bad += len(batch.bad)
-            micro_batches.append(batch)
-            if len(micro_batches) == accum:
-                yield micro_batches
-                micro_batches = []
+        while micro_batches := list(itertools.islice(stream, accum)):
+            self.bad += sum(len(batch.bad) for batch in micro_batches)
+            yield micro_batches
 
     def samples(self, name=None, rank=0, world=1, limit=None):
         """Records in order, for evaluation, of one source if named. What cannot be read is raised, never left out."""
@@ -355,7 +344,7 @@ class Data:
                 views = [(picture, WHOLE) for picture in pictures]
                 answer = most_common(record.answers)
                 turns = to_turns(record, source.task, answer, self.image_mark, views)
-                yield dataclasses.replace(
+                yield replace(
                     record,
                     source=source.name,
                     task=source.task,

@@ -67,11 +67,9 @@ class BranchedInfMLLM(InfMLLM):
     def text_model(self):
         return self.base
 
-    def freeze(self, stage, tune=None):
-        """The branch trains, whatever the stage, and nothing of the base."""
-        self.requires_grad_(False)
-        self.branch.requires_grad_(True)
-        return self
+    def trained_modules(self, stage, tune):
+        """The branch, whatever the stage, and nothing of the base."""
+        return [self.branch]
 
     def resize(self, image_size, grid=None):
         super().resize(image_size, grid)

@@ -32,14 +32,14 @@ from torch.nn import functional as F
 from formats.pictures import WHOLE, padded_region, peek, to_square, upright
 from formats.records import clean
 from model import IMAGE, KVCache
-from support.commands import Parser, number, run
-from support.drawing import NAMED, check_target, draw_boxes, sheet, write_picture
+from support.commands import Parser, amount, natural, number, positive, run
+from support.drawing import NAMED, check_target, draw_boxes, sheet
 from support.errors import BadInput
 from support.processes import on_signals
 from support.start import DTYPES, load_model
 from text import encode_prompt
 from text.boxes import format_box, parse_box
-from text.templates import HERE, MARK, TASKS, chat_turn, prompt
+from text.templates import MARK, TASKS, chat_turn, prompt
 
 # How each task is decoded: as released, with more room for a box, which takes up to 30 of LLaMA's pieces.
 DECODING = {
@@ -86,12 +86,12 @@ def generate_ids(
     a call of their own.
     """
     assert beams == 1 or temperature == 0, "beam search and sampling do not go together"
-    with_image = [IMAGE in row for row in tokens]
-    if not any(with_image):
-        model = model.text_model
-    assert all(with_image) or model.text_model is model, (
+    with_image = {IMAGE in row for row in tokens}
+    assert len(with_image) == 1 or model.text_model is model, (
         "prompts with images and prompts without are answered by different models: make two calls"
     )
+    if with_image == {False}:
+        model = model.text_model
     x, pad = embed_prompts(model, images, tokens, image_index)  # (B, T, D), (B, 1)
     limits = (max_new_tokens, min_new_tokens, eos)
     if beams > 1:
@@ -159,8 +159,6 @@ def decode(
     if temperature:  # a row draws from a stream of its own, one number for each token
         numbers = [np.random.default_rng(seed).random(max_new_tokens) for seed in seeds]
         numbers = torch.tensor(np.stack(numbers), device=x.device)  # (B, max_new_tokens)
-    # a GPU runs ahead of Python, and asking whether all rows are done waits for it
-    every = 1 if x.device.type == "cpu" else 8
     done = False
     for n in range(max_new_tokens):
         positions, mask = around_padding(pad, cache.length, x.shape[1])
@@ -174,7 +172,7 @@ def decode(
             token = logits.argmax(-1)
         yield token
         done = done | (token == eos)
-        if n % every == every - 1 and done.all():
+        if done.all():
             break
         x = llm.embed(token[:, None]).to(x.dtype)  # (B, 1, D)
 
@@ -271,37 +269,34 @@ def check_length(ids, config, what):
 def generate(model, tokenizer, images, prompts, pad=False, seed=0, **settings):
     """The answers to prompts: full templates with <ImageHere> where an image stands, or their ids.
 
-    images: for each prompt None, a PIL image or a list of them; an object that comes more than once is
-    encoded once. pad: as square(); settings: those of generate_ids."""
+    images: for each prompt None, a PIL image or a list of them. pad: as square(); settings: those of
+    generate_ids."""
     config = model.config
-    pictures, tokens, calls = [], [], {}
-    for i, (image, asked) in enumerate(zip(images, prompts, strict=True)):
-        if not isinstance(image, list):
-            image = [] if image is None else [image]
+    tokens = []
+    shown = []  # the pictures of each prompt, (3,S,S) each
+    calls = {}  # with pictures and without: they may be for different models
+    for i, (pictures, asked) in enumerate(zip(images, prompts, strict=True)):
+        if not isinstance(pictures, list):
+            pictures = [pictures] if pictures else []
         if isinstance(asked, str):
-            assert asked.count(HERE) == len(image), f"{len(image)} images for the prompt {asked!r}"
             asked = encode_prompt(tokenizer, asked, config.visual_tokens)
         check_length(asked, config, "the prompt")
-        pictures.append(image)
         tokens.append(asked)
-        text_alone = model.text_model is not model and not image
-        calls.setdefault(text_alone, []).append(i)
-    answers = {}
+        shown.append([square(picture, config.vit.image_size, pad) for picture in pictures])
+        calls.setdefault(IMAGE in asked, []).append(i)
+    answers = [""] * len(tokens)
     for rows in calls.values():
-        shown = [image for i in rows for image in pictures[i]]
-        pixels = {id(image): square(image, config.vit.image_size, pad) for image in shown}
         ids = generate_ids(
             model,
-            list(pixels.values()),
+            sum([shown[i] for i in rows], []),
             [tokens[i] for i in rows],
-            [list(pixels).index(id(image)) for image in shown],
             eos=tokenizer.eos,
             seed=[seed + i for i in rows],
             **settings,
         )
         for i, said in zip(rows, ids):
             answers[i] = tokenizer.decode(said[: config.llm.context - len(tokens[i])])
-    return [answers[i] for i in range(len(tokens))]
+    return answers
 
 
 class Chat:
@@ -363,75 +358,55 @@ def open_image(path):
 def model_flags(description):
     """A parser with the flags that sample.py and evaluate.py have in common."""
     parser = Parser(description)
-    add = parser.add_argument
-    add(
-        "--ckpt",
-        help="our directory, a LLaVA-1.5 folder or InfMLLM's file; default: newest of out/",
-    )
-    add("--branch", help="what sees pictures: a branch's folder or its name; none: the base")
-    add("--tokenizer", help="sentencepiece model, where the checkpoint brings none")
-    add("--device", help="cpu or cuda; default: cuda where there is one")
-    add(
-        "--dtype", choices=DTYPES, help="of weights and compute; default: bf16 on cuda, fp32 on cpu"
-    )
-    add("--beams", type=number(int, 1), help="1 is greedy; default: the task's own")
-    add("--max-new-tokens", type=number(int, 1), help="longest answer; default: the task's own")
-    add("--min-new-tokens", type=number(int, 0), help="shortest answer; default: the task's own")
+    flag = parser.flag
+    flag("--ckpt", str, "our folder, a LLaVA-1.5 folder or InfMLLM's file; default: newest of out/")
+    flag("--branch", str, "what sees pictures: a branch's folder or its name; none: the base")
+    flag("--tokenizer", str, "sentencepiece model, where the checkpoint brings none")
+    flag("--device", str, "cpu or cuda; default: cuda where there is one")
+    flag("--dtype", DTYPES, "of weights and compute; default: bf16 on cuda, fp32 on cpu")
+    flag("--beams", positive, "1 is greedy; default: the task's own")
+    flag("--max-new-tokens", positive, "longest answer; default: the task's own")
+    flag("--min-new-tokens", natural, "shortest answer; default: the task's own")
     return parser
 
 
 def parse(argv=None):
     parser = model_flags(__doc__)
-    add = parser.add_argument
-    add("--image", help="a picture, or a folder of them")
-    add("--task", choices=TASKS, default="chat", help="what is asked; default: chat")
-    add("--prompt", help="the question, for ground the phrase, for region x1,y1,x2,y2 as fractions")
-    add(
-        "--temperature",
-        type=number(float, 0),
-        default=0.0,
-        help="above 0: draw at random; default 0",
+    flag = parser.flag
+    flag("--image", str, "a picture, or a folder of them")
+    flag("--task", TASKS, "what is asked; default: chat", "chat")
+    flag(
+        "--prompt", str, "the question; for ground the phrase, for region x1,y1,x2,y2 as fractions"
     )
-    add(
-        "--top-k", type=number(int, 0), default=0, help="draw from so many likeliest tokens; 0: all"
-    )
-    add(
-        "--top-p",
-        type=number(float, 1e-6, 1),
-        default=1.0,
-        help="draw from the likeliest tokens that make up this share; default 1",
-    )
-    add("--seed", type=number(int, 0), default=0, help="of the draws; default 0")
-    add(
-        "--json",
-        action="store_true",
-        help="a JSON object an answer: image, task, prompt, answer, box, pixels",
-    )
-    add("--save", help="picture to write: the boxes drawn in, or a contact sheet of a folder")
+    flag("--temperature", amount, "above 0: draw at random; default 0", 0.0)
+    flag("--top-k", natural, "draw from so many likeliest tokens; default 0: all", 0)
+    share = number(float, 1e-6, 1)
+    flag("--top-p", share, "draw from the likeliest tokens of this share; default 1", 1.0)
+    flag("--seed", natural, "of the draws; default 0", 0)
+    flag("--json", bool, "a JSON object an answer: image, task, prompt, answer, box, pixels")
+    flag("--save", str, "picture to write: the boxes drawn in, or a contact sheet of a folder")
     args = parser.parse_args(argv)
     args.folder = os.path.isdir(args.image or "")
     args.talk = args.task == "chat" and args.prompt is None
-    contradictions(args)
+    refuse_contradictions(args)
     if not args.ckpt and args.min_new_tokens is None:
         args.min_new_tokens = 0  # the toy's captions are short
     return args
 
 
-def contradictions(args):
+def refuse_contradictions(args):
     """Flags that cannot both be meant."""
-    searches = args.beams is not None and args.beams > 1
+    searches = (args.beams or 1) > 1
+    narrows = args.top_k > 0 or args.top_p < 1
     draws = args.temperature > 0
     wrong = {
         f"--task {args.task} needs --image; name a picture": args.task != "chat" and not args.image,
-        f"{args.image}: no such image; check the name": args.image
-        and not os.path.exists(args.image),
-        "a chat is about one picture; name a file": args.talk and args.folder,
+        f"{args.image}: no such image; check the name": not os.path.exists(args.image or "."),
         "--json is for single answers; add --prompt": args.talk and args.json,
         "a chat streams and cannot use --beams; leave it out": args.talk and searches,
         "--save draws on a picture; name one with --image": args.save and not args.image,
         "--beams searches and --temperature draws; choose one": draws and searches,
-        "--top-k and --top-p are about random draws; add --temperature": not draws
-        and (args.top_k or args.top_p < 1),
+        "--top-k and --top-p are about random draws; add --temperature": narrows and not draws,
     }
     for sentence, found in wrong.items():
         if found:
@@ -448,7 +423,7 @@ def decoding(task, asked):
     return DECODING[task] | asked
 
 
-def question(args, mark):
+def question(args):
     """The prompt that --task and --prompt make."""
     task = args.task
     text = clean(args.prompt or "", "--prompt").strip()
@@ -456,8 +431,6 @@ def question(args, mark):
         raise BadInput("--task caption takes no --prompt; leave it out, or use --task chat")
     if task != "caption" and not text:
         raise BadInput(f"--task {task} needs a --prompt that is not empty; add one")
-    if task == "chat":
-        return prompt(task, text, mark if args.image else "")
     if task == "region":
         box = [float(v) for v in re.findall(r"\d*\.?\d+", text)]
         if len(box) != 4:
@@ -466,10 +439,10 @@ def question(args, mark):
                 "give its fractions as x1,y1,x2,y2"
             )
         text = format_box(box)
-    return prompt(task, text).replace(MARK, mark)
+    return prompt(task, text, MARK if args.image else "")
 
 
-def answer_all(model, tokenizer, args):
+def answer_all(args):
     """One answer for each picture: printed, and drawn at the end."""
     paths = [args.image]
     if args.folder:
@@ -479,7 +452,9 @@ def answer_all(model, tokenizer, args):
         raise BadInput(
             f"{args.image}: holds no picture ({', '.join(ENDINGS)}); name another folder"
         )
-    asked = question(args, model.config.image_mark)
+    asked = question(args)
+    model, tokenizer = load(args)
+    asked = asked.replace(MARK, model.config.image_mark)
     settings = decoding(args.task, vars(args))
     pad = TASKS[args.task].pad
     cells = []
@@ -490,21 +465,21 @@ def answer_all(model, tokenizer, args):
         for path, image, text in zip(batch, images, said):
             box = parse_box(text)
             pixels = in_pixels(box, image)
-            found = {"image": path, "task": args.task, "prompt": args.prompt, "answer": text}
-            found |= {"box": box, "pixels": pixels}
             name = f"{path}: " if args.folder else ""
-            place = f"   pixels {pixels}" if pixels else ""
-            print(json.dumps(found) if args.json else name + text + place, flush=True)
-            label = args.prompt or ""
+            line = name + text + (f"   pixels {pixels}" if pixels else "")
+            if args.json:
+                found = {"image": path, "task": args.task, "prompt": args.prompt}
+                line = json.dumps(found | {"answer": text, "box": box, "pixels": pixels})
+            print(line, flush=True)
+            boxes = [(box, args.prompt or "", NAMED)] if box else []
             if args.task == "region":  # the box that was asked about
-                box, label = parse_box(asked), text
-            name = f"{Path(path).name}: " if args.folder else ""
-            cells.append((image, [(box, label, NAMED)] if box else [], name + text, NAMED))
+                boxes = [(parse_box(asked), text, NAMED)]
+            cells.append((image, boxes, name + text, NAMED))
     if not args.save:
         return
     image, boxes, _, _ = cells[0]
     if boxes and not args.folder:
-        write_picture(draw_boxes(image, boxes), args.save)
+        draw_boxes(image, boxes).save(args.save)
     else:
         sheet(cells, args.save)
 
@@ -516,14 +491,14 @@ def in_pixels(box, image):
     return None
 
 
-def chat(model, tokenizer, args):
+def chat(args):
     """Questions from the terminal, or from a pipe, until there are no more."""
     image = open_image(args.image) if args.image else None
     if sys.stdin is None:
         raise BadInput(
             "a chat reads its questions from the input, and that is closed; add --prompt"
         )
-    talk = Chat(model, tokenizer, image)
+    talk = Chat(*load(args), image)
     settings = decoding("chat", vars(args))
     settings.pop("beams", None)
     save = args.save
@@ -534,14 +509,7 @@ def chat(model, tokenizer, args):
     while True:
         try:
             line = read_line(mark)
-        except (EOFError, KeyboardInterrupt):
-            print()
-            return
-        except UnicodeDecodeError:
-            print("that was not UTF-8")
-            continue
-        command, _, name = line.partition(" ")
-        try:
+            command, _, name = line.partition(" ")
             if command == "/image":
                 talk.start(open_image(name.strip()))
             elif command == "/reset":
@@ -555,8 +523,13 @@ def chat(model, tokenizer, args):
             elif line:
                 box = parse_box(reply(talk, clean(line, "the question"), settings))
                 if box and talk.image and save:
-                    write_picture(draw_boxes(talk.image, [(box, line, NAMED)]), save)
+                    draw_boxes(talk.image, [(box, line, NAMED)]).save(save)
                     print(f"[{save}: the box in pixels is {in_pixels(box, talk.image)}]")
+        except (EOFError, KeyboardInterrupt):
+            print()
+            return
+        except UnicodeDecodeError:
+            print("that was not UTF-8")
         except BadInput as e:
             print(e, flush=True)
 
@@ -587,13 +560,14 @@ def reply(talk, line, settings):
     return said
 
 
+def load(args):
+    return load_model(args.ckpt, args.tokenizer, args.device, args.dtype, args.branch)
+
+
 def main(argv=None):
     args = parse(argv)
-    if not args.talk:
-        question(args, MARK)  # what is wrong with it is said before the model is read
-    model, tokenizer = load_model(args.ckpt, args.tokenizer, args.device, args.dtype, args.branch)
     answer = chat if args.talk else answer_all
-    answer(model, tokenizer, args)
+    answer(args)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ A scene is a pure function of (seed, split, number). The splits never meet:
                     pairs among them, as Vicuna has read about things that no stage will show it
 """
 
-import argparse
 import io
 import json
 import os
@@ -21,12 +20,14 @@ import random
 import shutil
 import sys
 import tarfile
+from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw
 
-from support.errors import BadInput, complain
+from support.commands import Parser, positive, run
+from support.errors import BadInput
 from text.boxes import format_box
 
 SIDE = 64  # pixels per side of a picture
@@ -167,39 +168,38 @@ def yes(truth):
     return "yes" if truth else "no"
 
 
-def unique(thing, things, *attributes):
-    """Whether no other thing has the same values of these attributes."""
-    alike = [o for o in things if all(getattr(o, a) == getattr(thing, a) for a in attributes)]
-    return len(alike) == 1
+def unique(things, form):
+    """(text, thing) for each thing that is singled out by the text, the form filled with what it is."""
+    texts = [form.format(t) for t in things]
+    return [(text, t) for text, t in zip(texts, things) if texts.count(text) == 1]
 
 
 def existence(scene, rng):
     """Is there ...? Half the answers are yes."""
-    truths = [rng.random() < 0.5 for _ in range(3)]
-    pairs = sorted((t.colour, t.shape) for t in scene.things)
-    colours = sorted({t.colour for t in scene.things})
-    shapes = sorted({t.shape for t in scene.things})
-    absent = [p for p in possible_pairs(scene.split) if p not in pairs]
+    names = {t.name for t in scene.things}
+    colours = {t.colour for t in scene.things}
+    shapes = {t.shape for t in scene.things}
     # the colour or the shape alone is there, so that "no" takes a close look
-    near = [p for p in absent if p[0] in colours or p[1] in shapes]
-    other_colours = [c for c in COLOURS if c not in colours]
-    other_shapes = [s for s in SHAPES if s not in shapes]
-    pair = rng.choice(pairs if truths[0] else near or absent)
-    colour = rng.choice(colours if truths[1] else other_colours)
-    shape = rng.choice(shapes if truths[2] else other_shapes or list(SHAPES))
-    return [
-        ("exists", f"Is there a {' '.join(pair)}?", yes(pair in pairs)),
-        ("exists-colour", f"Is there a {colour} object?", yes(colour in colours)),
-        ("exists-shape", f"Is there a {shape}?", yes(shape in shapes)),
-    ]
+    near = [f"{c} {s}" for c, s in possible_pairs(scene.split) if c in colours or s in shapes]
+    kinds = (
+        ("exists", "Is there a {}?", names, near),
+        ("exists-colour", "Is there a {} object?", colours, COLOURS),
+        ("exists-shape", "Is there a {}?", shapes, SHAPES),
+    )
+    truths = [rng.random() < 0.5 for _ in kinds]
+    asked = []
+    for truth, (kind, question, present, possible) in zip(truths, kinds):
+        absent = [name for name in possible if name not in present]
+        name = rng.choice(sorted(present) if truth else absent or SHAPES)
+        asked.append((kind, question.format(name), yes(name in present)))
+    return asked
 
 
-MIDDLE = Thing("", "", "", SIDE / 2, SIDE / 2, 0)
-DIRECTIONS = (  # the words, the half of the picture, and how far in that direction a lies from b
-    ("left of", "left", lambda a, b: b.cx - a.cx),
-    ("right of", "right", lambda a, b: a.cx - b.cx),
-    ("above", "upper", lambda a, b: b.cy - a.cy),
-    ("below", "lower", lambda a, b: a.cy - b.cy),
+DIRECTIONS = (  # the words, the half of the picture, the coordinate, and its sign that way
+    ("left of", "left", "cx", -1),
+    ("right of", "right", "cx", 1),
+    ("above", "upper", "cy", -1),
+    ("below", "lower", "cy", 1),
 )
 
 
@@ -207,16 +207,17 @@ def relations(scene, rng):
     """Where a thing lies from another one, and in which half of the picture; never a close call."""
     asked = []
     things = scene.things
-    for words, _, distance in DIRECTIONS:
-        clear = [(a, b) for a in things for b in things if abs(distance(a, b)) >= MARGIN]
+    for words, _, axis, sign in DIRECTIONS:
+        place = {t: sign * getattr(t, axis) for t in things}
+        clear = [(a, b) for a in things for b in things if abs(place[a] - place[b]) >= MARGIN]
         if clear:
             a, b = rng.choice(clear)
             question = f"Is the {a.name} {words} the {b.name}?"
-            asked.append((words.split()[0], question, yes(distance(a, b) > 0)))
+            asked.append((words.split()[0], question, yes(place[a] > place[b])))
     halves = []
     for t in things:
-        for _, half, distance in DIRECTIONS:
-            inside = distance(t, MIDDLE)
+        for _, half, axis, sign in DIRECTIONS:
+            inside = sign * (getattr(t, axis) - SIDE / 2)
             if abs(inside) >= MARGIN / 2:
                 halves.append((f"Is the {t.name} in the {half} half?", yes(inside > 0)))
     if halves:
@@ -228,16 +229,15 @@ def questions(scene, rng):
     """One question of every type that the scene allows: (type, question, answer)."""
     things = scene.things
     asked = []
-    by_shape = [t for t in things if unique(t, things, "shape")]
-    if by_shape:
-        t = rng.choice(by_shape)
-        asked.append(("colour", f"What colour is the {t.shape}?", t.colour))
-    by_colour = [t for t in things if unique(t, things, "colour")]
-    if by_colour:
-        t = rng.choice(by_colour)
-        asked.append(("shape", f"What shape is the {t.colour} object?", t.shape))
-    t = rng.choice(things)
-    asked.append(("size", f"What size is the {t.name}?", t.size))
+    for kind, form in (
+        ("colour", "What colour is the {0.shape}?"),
+        ("shape", "What shape is the {0.colour} object?"),
+        ("size", "What size is the {0.name}?"),
+    ):
+        clear = unique(things, form)
+        if clear:
+            question, t = rng.choice(clear)
+            asked.append((kind, question, getattr(t, kind)))
     colour = rng.choice((t.colour, rng.choice(list(COLOURS))))
     shape = rng.choice((t.shape, rng.choice(SHAPES)))
     counts = [
@@ -245,26 +245,25 @@ def questions(scene, rng):
         (f"{colour} objects", sum(t.colour == colour for t in things)),
         (shape + ("es" if shape == "cross" else "s"), sum(t.shape == shape for t in things)),
     ]
-    what, number = rng.choice(counts)
-    asked.append(("count", f"How many {what} are there?", str(number)))
+    what, count = rng.choice(counts)
+    asked.append(("count", f"How many {what} are there?", str(count)))
     return asked + existence(scene, rng) + relations(scene, rng)
 
 
+PHRASES = (
+    "the {0.size} {0.colour} {0.shape}",
+    "the {0.colour} {0.shape}",
+    "the {0.shape}",
+    "the {0.colour} object",
+    "the {0.size} object",
+    "the {0.size} {0.shape}",
+)
+
+
 def phrases(scene):
-    """(phrase, thing) for every phrase that singles out one thing."""
-    out = []
-    for t in scene.things:
-        for phrase, attributes in (
-            (f"the {t.full_name}", ("colour", "shape")),
-            (f"the {t.name}", ("colour", "shape")),
-            (f"the {t.shape}", ("shape",)),
-            (f"the {t.colour} object", ("colour",)),
-            (f"the {t.size} object", ("size",)),
-            (f"the {t.size} {t.shape}", ("size", "shape")),
-        ):
-            if unique(t, scene.things, *attributes):
-                out.append((phrase, t))
-    return out
+    """(phrase, thing) for every phrase that singles out one thing, in the order of the things."""
+    found = [named for form in PHRASES for named in unique(scene.things, form)]
+    return sorted(found, key=lambda named: scene.things.index(named[1]))
 
 
 def say(kind, answer):
@@ -334,28 +333,26 @@ MIXTURES = {  # file -> split, and source -> weight; None: by size, all that the
 
 
 def records(scene, seed):
-    """What is written about a scene: {file: its records}."""
+    """What is written about a scene: (file, record) each."""
     rng = rng_of("text", seed, scene.split, scene.number)
     n = scene.number
     image = f"{n:06d}.png"
-    out = {"questions": [], "answers": [], "refs": [], "regions": []}
-    out["images"] = [{"id": n, "file_name": image, "width": SIDE, "height": SIDE}]
-    out["captions"] = [{"id": n, "image_id": n, "caption": caption(scene)}]
+    yield "images", {"id": n, "file_name": image, "width": SIDE, "height": SIDE}
+    yield "captions", {"id": n, "image_id": n, "caption": caption(scene)}
 
     asked = questions(scene, rng)
     for i, (kind, question, answer) in enumerate(rng.sample(asked, min(5, len(asked)))):
         key = n * 10 + i
-        out["questions"].append(
-            {"image_id": n, "question": question, "question_id": key, "type": kind}
-        )
-        out["answers"].append(
+        yield "questions", {"image_id": n, "question": question, "question_id": key, "type": kind}
+        yield (
+            "answers",
             {
                 "image_id": n,
                 "question_id": key,
                 "question_type": kind,
                 "multiple_choice_answer": answer,
                 "answers": [{"answer": answer, "answer_id": j} for j in range(1, 11)],
-            }
+            },
         )
 
     talk = conversation(scene, rng)
@@ -365,7 +362,7 @@ def records(scene, seed):
         turns.append({"from": "gpt", "value": answer})
     turns[0]["value"] = "<image>\n" + turns[0]["value"]
     kinds = [kind for kind, _, _ in talk]
-    out["chat"] = [{"id": f"{n:06d}", "image": image, "types": kinds, "conversations": turns}]
+    yield "chat", {"id": f"{n:06d}", "image": image, "types": kinds, "conversations": turns}
 
     named = phrases(scene)
     for i, t in enumerate(scene.things):
@@ -374,10 +371,9 @@ def records(scene, seed):
         names = [phrase for phrase, of in named if of is t]
         names = rng.sample(names, min(2, len(names)))
         said = [{"sent": name, "sent_id": key * 10 + j} for j, name in enumerate(names)]
-        out["refs"].append(thing | {"sentences": said})
+        yield "refs", thing | {"sentences": said}
         said = [{"sent": f"a {t.full_name}", "sent_id": key}]
-        out["regions"].append(thing | {"sentences": said})
-    return out
+        yield "regions", thing | {"sentences": said}
 
 
 def write_split(folder, seed, count):
@@ -385,22 +381,22 @@ def write_split(folder, seed, count):
     split = folder.name
     (folder / "images").mkdir(parents=True)
     (folder / "shards").mkdir()
-    files = {}
-    for number in range(count):
-        one = scene(seed, split, number)
+    files = defaultdict(list)
+    for n in range(count):
+        one = scene(seed, split, n)
         png = io.BytesIO()
         draw(one).save(png, "PNG")
-        (folder / "images" / f"{number:06d}.png").write_bytes(png.getvalue())
-        with open(folder / "shards" / f"{number // SHARD:05d}.tar", "ab") as tar:
+        (folder / "images" / f"{n:06d}.png").write_bytes(png.getvalue())
+        with open(folder / "shards" / f"{n // SHARD:05d}.tar", "ab") as tar:
             for ending, content in (("png", png.getvalue()), ("txt", caption(one).encode())):
-                member = tarfile.TarInfo(f"{number:06d}.{ending}")
+                member = tarfile.TarInfo(f"{n:06d}.{ending}")
                 member.size = len(content)
                 tar.write(member.tobuf(tarfile.USTAR_FORMAT) + content)
                 tar.write(bytes(-len(content) % 512))  # members begin at multiples of 512
-            if number + 1 == count or (number + 1) % SHARD == 0:
+            if n + 1 == count or (n + 1) % SHARD == 0:
                 tar.write(bytes(1024))  # the end mark
-        for name, rows in records(one, seed).items():
-            files.setdefault(name, []).extend(rows)
+        for name, record in records(one, seed):
+            files[name].append(record)
     head = {"info": {"description": "toy world"}, "data_type": "toy", "data_subtype": split}
     files["captions"] = head | {"images": files.pop("images"), "annotations": files["captions"]}
     files["questions"] = head | {"questions": files["questions"]}
@@ -425,9 +421,10 @@ def write(out, seed=0, scenes=10_000):
     out = Path(out)
     done = out / "toy.json"
     made = {"seed": seed, "scenes": scenes, "version": 2}
-    if done.is_file() and json.loads(done.read_text()) == made:
-        return False
-    if out.exists() and not done.is_file() and any(out.iterdir()):
+    if done.is_file():
+        if json.loads(done.read_text()) == made:
+            return False
+    elif out.exists() and any(out.iterdir()):
         raise BadInput(f"{out}: holds something that is not a toy world; name another --out")
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -436,30 +433,21 @@ def write(out, seed=0, scenes=10_000):
     for name, (split, weights) in MIXTURES.items():
         write_mixture(part / f"{name}.toml", split, weights)
     (part / "toy.json").write_text(json.dumps(made))
-    if out.exists():
-        shutil.rmtree(out)
+    shutil.rmtree(out, ignore_errors=True)
     os.replace(part, out)
     return True
 
 
 def main():
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", default="out/toy", help="folder to write; default out/toy")
-    parser.add_argument("--seed", type=int, default=0, help="of all scenes; default 0")
-    parser.add_argument(
-        "--scenes", type=int, default=10_000, help="training scenes; held-out sets have up to 500"
-    )
+    parser = Parser(__doc__)
+    parser.flag("--out", str, "folder to write; default out/toy", "out/toy")
+    parser.flag("--seed", int, "of all scenes; default 0", 0)
+    most = "training scenes, and for each held-out set up to 500; default 10,000"
+    parser.flag("--scenes", positive, most, 10_000)
     args = parser.parse_args()
-    if args.scenes < 1:
-        raise BadInput(f"--scenes {args.scenes}: draw at least one")
     written = write(args.out, args.seed, args.scenes)
     print(f"{args.out}: {'written' if written else 'already there, unchanged'}")
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BadInput as e:
-        sys.exit(complain(e))
+    sys.exit(run(main))

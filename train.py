@@ -9,12 +9,11 @@
     python train.py --stage 2 --tune inner --branch mm --out out/mm      # inner adaptors; the LLM stays as it is
     python train.py --plot out/stage1             # the loss curve
 
-What trains in which stage says InfMLLM.freeze; with what, the table below. A run writes to out/stageN: checkpoints
+InfMLLM.freeze says what trains in each stage, and the table below how. A run writes to out/stageN: checkpoints
 step-00000100/, log.jsonl (a record a logged step) and loss.png.
 """
 
 import argparse
-import json
 import math
 import os
 import shutil
@@ -23,19 +22,19 @@ import sys
 import time
 import zlib
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 
 import evaluate
 import model as models
 import sample
+import toy
 import weights
 from adapter import ADAPTERS, pool_path
 from data import BUCKET, Data, collate
@@ -46,7 +45,7 @@ from support.commands import Parser, number
 from support.errors import BadInput, complain
 from support.log import Log, measured_time, peak_memory, plot, stage_table
 from support.metrics import iou
-from support.plan import GIB, arithmetic, counted, describe, peak_flops
+from support.plan import GIB, arithmetic, counted, describe, gpu_memory
 from support.processes import end_loaders, on_signals, stop_at_once
 from support.ranks import Ranks, setup_ranks
 from text.boxes import parse_box
@@ -59,47 +58,30 @@ from text.templates import TASKS
 @dataclass(kw_only=True)
 class Stage:
     steps: int  # updates
-    batch: int  # rows per update, over all ranks
-    rows: int  # rows a rank takes at once, at most: --accum follows from it
+    batch: int = 64  # rows per update, over all ranks
+    rows: int = 64  # rows of a rank's micro-batch, at most; split_batch sets the number
     lr: dict  # peak learning rate of each part that trains
     image_size: int | None = None  # pixels per side; None: the preset's own
     grid: int | None = None  # P, visual tokens per side; None: the preset's own
     warmup: float = 0.03  # share of the steps; a cosine to zero follows [LLaVA-1.5]
     weight_decay: float = 0.0  # of matrices; never of norms, biases, positions, queries [LLaVA-1.5]
-    recompute: bool = (
-        False  # keep no activations inside a layer, compute them again: a third more work
-    )
-    text: int = 64  # for --plan where no data are named: text tokens of a typical row ...
+    recompute: bool = False  # compute a layer's activations again instead of keeping them
+    text: int = 64  # what --plan assumes of a row: text tokens ...
     answer: int = 16  # ... and how many of them are supervised
 
 
 TOY = {
-    1: Stage(steps=300, batch=64, rows=64, lr={"adapter": 5e-3}),
-    2: Stage(
-        steps=1000,
-        batch=64,
-        rows=64,
-        lr={"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3},
-        weight_decay=0.01,
-    ),
-    3: Stage(
-        steps=400,
-        batch=64,
-        rows=64,
-        lr={"adapter": 3e-4, "llm": 3e-4},
-        weight_decay=0.01,
-        text=160,
-        answer=48,
-    ),
+    1: Stage(steps=300, lr={"adapter": 5e-3}),
+    2: Stage(steps=1000, lr={"vit": 3e-4, "adapter": 5e-3, "llm": 1e-3}, weight_decay=0.01),
+    3: Stage(steps=400, lr={"adapter": 3e-4, "llm": 3e-4}, weight_decay=0.01, text=160, answer=48),
 }
 PAPER = {
     1: Stage(
         steps=60000,
-        batch=1024,  # [published], as 224 px and web-scale pairs
+        batch=1024,  # [published]; so are 224 px and web-scale pairs
         rows=8,
         lr={"adapter": 1e-3},  # a projector's [LLaVA-1.5]
         image_size=224,
-        grid=16,
         text=32,
         answer=24,
     ),
@@ -108,8 +90,7 @@ PAPER = {
         batch=256,
         rows=32,
         lr={"vit": 1e-5, "adapter": 5e-5, "llm": 2e-5},
-        image_size=448,  # [published], as what trains: ViT, adapter, Q and V
-        grid=16,
+        image_size=448,  # [published]; so is what trains: ViT, adapter, Q and V
         weight_decay=0.05,
         recompute=True,
     ),
@@ -118,24 +99,21 @@ PAPER = {
         batch=128,  # [LLaVA-1.5]
         rows=16,
         lr={"adapter": 2e-5, "llm": 2e-5},  # [LLaVA-1.5]
-        image_size=448,  # [published], as 256 visual tokens
-        grid=16,
+        image_size=448,  # [published]; so are 256 visual tokens
         recompute=True,
         text=448,
         answer=192,
     ),
 }
-OTHERS = {
-    n: replace(row, image_size=None, grid=None) for n, row in PAPER.items()
-}  # small, llava-7b
+# small and llava-7b: as many pixels as their towers were trained on
+OTHERS = {n: replace(row, image_size=None) for n, row in PAPER.items()}
 STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
 
 BETAS = (0.9, 0.95)  # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
-EPS = 1e-8
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 CLIP = 1.0  # the gradient's global norm is cut to this
 SKIPS = 3  # updates in a row without a finite gradient, after which the run stops
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
+DTYPES = start.DTYPES | {"fp64": torch.float64}
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -144,12 +122,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp64": torch.float64}
 
 @dataclass(kw_only=True)
 class Settings(Stage):
-    """What a run is: the stage's row, then what its checkpoint has stored, then flags. See resolve."""
+    """What a run is. Flags win over what this run's checkpoint has stored, that over the stage's row."""
 
     stage: int
     preset: str
     tune: str  # none, qv, full or inner
-    accum: int  # micro-batches per rank and update
     dtype: str
     out: Path
     start: Path | None = None  # the checkpoint that the weights come from
@@ -160,7 +137,8 @@ class Settings(Stage):
     llm: str | None = None
     tokenizer: str | None = None
     adapter: str | None = None
-    branch: str = "mm"
+    accum: int = 0  # micro-batches per rank and update; 0: as many as `rows` asks for
+    branch: str | None = None
     inner_layers: list | None = None
     seed: int = 0
     workers: int = 1
@@ -177,10 +155,10 @@ class Settings(Stage):
     tensorboard: bool = False
 
 
-# what makes a run this run: stored with it, and resuming takes no others
-LASTING = (
-    *("preset", "data", "steps", "batch", "lr", "warmup", "weight_decay", "image_size", "grid"),
-    *("adapter", "seed", "dtype", "tune", "branch", "inner_layers"),
+# the settings that a checkpoint stores: a resumed run keeps them, and refuses other values
+LASTING = tuple(
+    "preset data steps batch lr warmup weight_decay image_size grid "
+    "adapter seed dtype tune branch inner_layers".split()
 )
 
 
@@ -192,51 +170,55 @@ def resolve(args, stage, world):
         raise BadInput(
             f"{out}: holds a run ({path.name}); --resume goes on with it, --out names another folder"
         )
-    stored = weights.read_checked(path, "state.json")["settings"] if path else {}
-    if stored.get("stage", stage) != stage:
-        raise BadInput(f"--stage {stage}: {out} is of stage {stored['stage']}; resume that")
     origin = path or start.start_from(args, stage)
     trained = weights.read_checked(origin, "config.json").get("training", {}) if origin else {}
-    preset = args.preset or stored.get("preset") or trained.get("preset") or "toy"
+    stored = trained if path else {}
+    if stored.get("stage", stage) != stage:
+        raise BadInput(f"--stage {stage}: {out} is of stage {stored['stage']}; resume that")
+    preset = args.preset or trained.get("preset", "toy")
     tune = args.tune or stored.get("tune") or TUNE[stage]
     table = STAGES.get(preset, OTHERS)
     row = asdict(table[stage])
-    row["lr"] = peak_rates(table, stage, tune)
+    row["lr"] = peak_rates(table, stage, tune, args.lr or {})
 
-    known = {field.name for field in fields(Settings)}
+    known = {knob.name for knob in fields(Settings)}
     given = {k: v for k, v in vars(args).items() if v is not None and k in known}
     if tune != "inner" and {"branch", "inner_layers"} & set(given):
         raise BadInput("--branch and --inner-layers describe what --tune inner trains; add it")
-    if "lr" in given:
-        given["lr"] = merged_rates(given["lr"], row["lr"], stage)
-    for key in LASTING:
-        if stored and key in given and given[key] != stored.get(key):
+    if args.lr:
+        given["lr"] = row["lr"]
+    lasting = {key: stored[key] for key in LASTING if key in stored}
+    for key, value in lasting.items():
+        if given.get(key, value) != value:
             raise BadInput(
-                f"--{key.replace('_', '-')}: the run in {out} has {stored.get(key)} and not "
-                f"{given[key]}; leave it out to resume, or name another --out"
+                f"--{key.replace('_', '-')}: the run in {out} has {value} and not {given[key]}; "
+                "leave it out to resume, or name another --out"
             )
     cuda = args.device != "cpu" and (torch.cuda.is_available() or bool(args.gpus))
     own = {"dtype": "bf16" if cuda else "fp32", "workers": 8 if cuda else 1}
     if preset == "toy":
         own["data"] = f"out/toy/stage{stage}.toml"
-    lasting = {key: stored[key] for key in LASTING if key in stored}
-    given |= {"stage": stage, "preset": preset, "tune": tune}
-    given |= {"out": out, "start": origin, "resumed": bool(path)}
-    s = Settings(**{"accum": 0, **row, **own, **lasting, **given})
+    given |= dict(stage=stage, preset=preset, tune=tune, out=out, start=origin, resumed=bool(path))
+    s = Settings(**row | own | lasting | given)
     if not s.data and not args.plan:
         raise BadInput(
             f"--data: {preset} has no data of its own; name a mixture, such as recipes/stage{stage}.toml"
         )
+    quarter = math.ceil(s.steps / 4)
+    if s.save_every is None:
+        s.save_every = quarter
+    if s.eval_every is None:
+        s.eval_every = quarter
     split_batch(s, world)
     return s
 
 
 def split_batch(s, world):
     """How many micro-batches a rank takes, of how many rows each."""
-    least = max(1, math.ceil(s.batch / (world * s.rows)))
     if not s.accum:
-        fitting = [n for n in range(least, 8 * least) if s.batch % (world * n) == 0]
-        s.accum = fitting[0] if fitting else least
+        least = max(1, math.ceil(s.batch / (world * s.rows)))
+        even = (n for n in range(least, 8 * least) if s.batch % (world * n) == 0)
+        s.accum = next(even, least)
     at_once = world * s.accum
     if s.batch % at_once:
         raise BadInput(
@@ -246,157 +228,116 @@ def split_batch(s, world):
     s.rows = s.batch // at_once
 
 
-def peak_rates(table, stage, tune):
-    """The row's learning rates of what trains; where the row leaves the LLM alone, stage 3's for that."""
+def peak_rates(table, stage, tune, given):
+    """{part that trains: peak learning rate}: the one given, or the row's; an LLM that the row leaves frozen
+    has stage 3's."""
     rates = {"llm": table[3].lr["llm"]} | table[stage].lr
     frozen = {"none": "llm", "inner": "vit"}.get(tune)
-    return {part: rates[part] for part in PARTS if part in rates and part != frozen}
-
-
-def merged_rates(given, row, stage):
-    if "" in given:
-        return dict.fromkeys(row, given[""])
+    trained = [part for part in PARTS if part in rates and part != frozen]
     for part in given:
-        if part not in row:
+        if part not in ("", *trained):
             raise BadInput(f"--lr {part}=...: stage {stage} keeps the {part} frozen; leave it out")
-    return row | given
+    return {part: given.get(part, given.get("", rates[part])) for part in trained}
+
+
+# what a flag may be
+positive, natural = number(int, 1), number(int, 0)
+amount, share = number(float, 0), number(float, 0, 1)
 
 
 def rates(text):
-    """'1e-3' for every part, or 'adapter=1e-3,llm=2e-5' for those named."""
+    """'1e-3' for every part, or 'adapter=1e-3,llm=2e-5' for those named: {part, "" for every one: rate}"""
     pairs = [pair.rpartition("=") for pair in text.split(",")]
-    lr = {part: number(float, 0)(value) for part, _, value in pairs}
-    if set(lr) - {"", *PARTS} or ("" in lr and len(lr) > 1):
+    lr = {part: amount(value) for part, _, value in pairs}
+    if not set(lr) <= {"", *PARTS}:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 1e-3 nor adapter=1e-3,llm=2e-5")
     return lr
 
 
 def layers(text):
-    return sorted({number(int, 0)(n) for n in text.split(",")})
+    return sorted({natural(n) for n in text.split(",")})
 
 
 def gpus(text):
     count, _, size = text.lower().partition("x")
-    return number(int, 1)(count), number(float, 1)(size)
+    return positive(count), amount(size) * GIB
 
 
 def flags():
     p = Parser(__doc__)
-    add = p.add_argument
-    on_off = argparse.BooleanOptionalAction
-    yes = dict(action="store_const", const=True)
-    add(
-        "--stage",
-        choices=("1", "2", "3", "all"),
-        help="which row of the table; all: the three in a row",
-    )
-    add(
-        "--preset",
-        choices=sorted(models.PRESETS),
-        help="architecture and table; default: --init's, or toy",
-    )
-    add("--data", help="mixture of training data, a TOML file; default: the toy world in out/toy")
-    add(
-        "--eval-data",
-        help="mixture held out; default: heldout.toml beside --data, where there is one",
-    )
-    add(
-        "--init",
-        help="start from this checkpoint, whole; default: the stage before (toy: assets/toy)",
-    )
-    add("--vit", help="take the ViT from here: eva_vit_g.pth, a CLIP or a BLIP-2 folder")
-    add("--llm", help="take the LLM from here: a LLaMA or Vicuna folder")
-    add("--tokenizer", help="sentencepiece model; default: the one beside --llm or --init")
-    add(
-        "--out",
-        help="folder of the run; default: out/stageN (--stage all: the folder of the three)",
-    )
-    add("--resume", action="store_true", help="go on with the run in --out; its own settings hold")
-    add("--steps", type=number(int, 1), help="updates")
-    add("--batch", type=number(int, 1), help="rows per update over all ranks")
-    add("--accum", type=number(int, 1), help="micro-batches per rank and update")
-    add("--lr", type=rates, help="peak learning rate: 1e-3 for all parts, or adapter=1e-3,llm=2e-5")
-    add("--warmup", type=number(float, 0, 1), help="share of the steps in which the rate rises")
-    add("--weight-decay", type=number(float, 0), help="AdamW's, of matrices only")
-    add("--image-size", type=number(int, 1), help="pixels per side")
-    add("--grid", type=number(int, 1), help="P: an image becomes P x P visual tokens")
-    add(
+
+    def flag(name, kind, help):
+        """kind: bool, the values that there are, or what reads the value"""
+        if kind is bool:
+            p.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
+        elif callable(kind):
+            p.add_argument(name, type=kind, help=help)
+        else:
+            p.add_argument(name, choices=kind, help=help)
+
+    flag("--stage", ("1", "2", "3", "all"), "which row of the table; all: the three in a row")
+    flag("--preset", models.PRESETS, "architecture and table; default: --init's, or toy")
+    flag("--data", str, "mixture of training data, a TOML file; default: the toy world in out/toy")
+    flag("--eval-data", str, "mixture held out; default: heldout.toml beside --data, if there")
+    flag("--init", str, "start from this checkpoint; default: the stage before (toy: assets/toy)")
+    flag("--vit", str, "take the ViT from here: eva_vit_g.pth, a CLIP or a BLIP-2 folder")
+    flag("--llm", str, "take the LLM from here: a LLaMA or Vicuna folder")
+    flag("--tokenizer", str, "sentencepiece model; default: the one beside --llm or --init")
+    flag("--out", str, "folder of the run; default: out/stageN (--stage all: that of the three)")
+    flag("--resume", bool, "go on with the run in --out; its own settings hold")
+    flag("--steps", positive, "updates")
+    flag("--batch", positive, "rows per update over all ranks")
+    flag("--accum", positive, "micro-batches per rank and update")
+    flag("--lr", rates, "peak learning rate: 1e-3 for all parts, or adapter=1e-3,llm=2e-5")
+    flag("--warmup", share, "share of the steps in which the rate rises")
+    flag("--weight-decay", amount, "AdamW's, of matrices only")
+    flag("--image-size", positive, "pixels per side")
+    flag("--grid", positive, "P: an image becomes P x P visual tokens")
+    kinds = (*TUNE.values(), "inner")
+    flag(
         "--tune",
-        choices=(*TUNE.values(), "inner"),
-        help="what of the LLM trains; default: none, qv, full in stages 1, 2, 3; inner: the layers, ends "
+        kinds,
+        "what of the LLM trains; default: none, qv, full in stages 1, 2, 3; inner: the layers, ends "
         "and adapter of a branch, and nothing of the model it is added to",
     )
-    add("--branch", help="with --tune inner: the branch's name; default mm")
-    add(
+    flag("--branch", str, "with --tune inner: the branch's name; default: --init's, or mm")
+    flag(
         "--inner-layers",
-        type=layers,
-        help="with --tune inner: after which layers one of its own runs (0,1,5,6); default: all, "
+        layers,
+        "with --tune inner: after which layers one of its own runs (0,1,5,6); default: all, "
         "of 32 those of IAA",
     )
-    add("--adapter", choices=ADAPTERS, help="kind of adapter; another than --init's starts fresh")
-    add(
-        "--recompute",
-        action=on_off,
-        help="activation checkpointing: less memory, a third more work",
-    )
-    add("--seed", type=number(int, 0), help="of the batches and of fresh weights; default 0")
-    add("--device", choices=("cpu", "cuda"), help="default: cuda where there is one")
-    add("--dtype", choices=DTYPES, help="of the arithmetic; default: bf16 on cuda, fp32 on cpu")
-    add(
-        "--workers",
-        type=number(int, 0),
-        help="loader processes per rank; default 8 on cuda, 1 on cpu",
-    )
-    add(
-        "--shard",
-        **yes,
-        help="spread weights, gradients and optimizer over the ranks (fully_shard)",
-    )
-    add("--compile", **yes, help="torch.compile each layer")
-    add("--log-every", type=number(int, 1), help="steps between records of log.jsonl; default 10")
-    add(
-        "--eval-every",
-        type=number(int, 0),
-        help="steps between held-out losses; 0: never; default: 4 a run",
-    )
-    add("--eval-rows", type=number(int, 1), help="held-out rows of each evaluation; default 128")
-    add(
+    flag("--adapter", ADAPTERS, "kind of adapter; another than --init's starts fresh")
+    flag("--recompute", bool, "activation checkpointing: less memory, a third more work")
+    flag("--seed", natural, "of the batches and of fresh weights; default 0")
+    flag("--device", ("cpu", "cuda"), "default: cuda where there is one")
+    flag("--dtype", DTYPES, "of the arithmetic; default: bf16 on cuda, fp32 on cpu")
+    flag("--workers", natural, "loader processes per rank; default 8 on cuda, 1 on cpu")
+    flag("--shard", bool, "spread weights, gradients and optimizer over the ranks (fully_shard)")
+    flag("--compile", bool, "torch.compile each layer")
+    flag("--log-every", positive, "steps between records of log.jsonl; default 10")
+    flag("--eval-every", natural, "steps between held-out losses; 0: never; default: 4 a run")
+    flag("--eval-rows", positive, "held-out rows of each evaluation; default 128")
+    flag(
         "--score-rows",
-        type=number(int, 0),
-        help="held-out rows of each source that are answered and scored at the end, where one process "
+        natural,
+        "held-out rows of each source that are answered and scored at the end, where one process "
         "trains; default 100; 0: none",
     )
-    add(
-        "--save-every",
-        type=number(int, 0),
-        help="steps between checkpoints; 0: the last; default: 4 a run",
-    )
-    add(
-        "--save-minutes",
-        type=number(float, 0),
-        help="a checkpoint also after so many; 0: never; default 30",
-    )
-    add("--keep", type=number(int, 1), help="so many of the newest checkpoints stay; default 2")
-    add(
-        "--max-bad",
-        type=number(float, 0, 1),
-        help="share of unreadable samples put up with; default 0.01",
-    )
-    add(
+    flag("--save-every", natural, "steps between checkpoints; 0: the last; default: 4 a run")
+    flag("--save-minutes", amount, "a checkpoint also after so many; 0: never; default 30")
+    flag("--keep", positive, "so many of the newest checkpoints stay; default 2")
+    flag("--max-bad", share, "share of unreadable samples put up with; default 0.01")
+    flag(
         "--timeout",
-        type=number(float, 1),
-        default=1800,
-        help="seconds that ranks wait for one another, the longest while rank 0 saves; after that the job "
+        positive,
+        "seconds that ranks wait for one another, the longest while rank 0 saves; after that the job "
         "ends; default 1800",
     )
-    add("--tensorboard", **yes, help="write the records of log.jsonl for tensorboard too")
-    add(
-        "--plan",
-        action="store_true",
-        help="print what would happen and what it would take; train nothing",
-    )
-    add("--gpus", type=gpus, help="for --plan: how many GPUs of how many GiB, such as 8x80")
-    add("--plot", metavar="DIR", help="draw DIR/loss.png from DIR/log.jsonl, and do nothing else")
+    flag("--tensorboard", bool, "write the records of log.jsonl for tensorboard too")
+    flag("--plan", bool, "print what would happen and what it would take; train nothing")
+    flag("--gpus", gpus, "for --plan: how many GPUs of how many GiB, such as 8x80")
+    flag("--plot", str, "draw loss.png from the log.jsonl of this folder, and do nothing else")
     return p
 
 
@@ -437,9 +378,7 @@ class Run:
     net: torch.nn.Module = None  # the model, or DDP around it: what a forward pass calls
     optimizer: torch.optim.Optimizer = None
     base: Path | None = None  # the checkpoint that a branch in training belongs to
-    originals: dict | None = (
-        None  # frozen tensors before they were rounded for speed: what is saved
-    )
+    originals: dict = field(default_factory=dict)  # frozen tensors before they were rounded
     meters: dict | None = None  # 0-d float64 tensors on the device, read when something is logged
     step: int = 0  # updates done
     bad: int = 0  # samples that could not be read, over all ranks
@@ -448,6 +387,18 @@ class Run:
         # no cache: it would keep a bf16 copy of every trained weight until the forward pass ends
         half = self.s.dtype == "bf16"
         return torch.autocast(self.ranks.device.type, torch.bfloat16, half, cache_enabled=False)
+
+    def loss(self, batch):
+        """The batch's loss, summed over its targets."""
+        batch = batch.to(self.ranks.device, non_blocking=True)
+        with self.autocast():
+            return self.net(
+                batch.images,
+                batch.tokens,
+                batch.targets,
+                batch.image_positions,
+                batch.target_positions,
+            )
 
 
 def train(args, stage, ranks):
@@ -473,11 +424,8 @@ def train(args, stage, ranks):
     data, held_out = open_data(s, model.config, tokenizer, ranks)
     same_everywhere(s, data, ranks)
     if first:
-        make_folder(s.out)
-        room = (
-            torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else None
-        )
-        describe(model, s, ranks.world, origins, room)
+        s.out.mkdir(parents=True, exist_ok=True)
+        describe(model, s, ranks.world, origins, gpu_memory(device))
         held = counted(held_out.counts) if held_out else "none (--eval-data names one)"
         print(
             f"pooling by {pool_path(device.type)}; samples: {counted(data.counts)}; held out: {held}"
@@ -494,14 +442,10 @@ def train(args, stage, ranks):
         restore(run, state)
 
     # ---- the loop --------------------------------------------------------------------------------
-    quarter = math.ceil(s.steps / 4)
-    save_every = quarter if s.save_every is None else s.save_every
-    eval_every = quarter if s.eval_every is None else s.eval_every
-    log = Log(s.out, run.step, s.steps, ranks.rank, s.tensorboard)
-    peak = peak_flops(device)
+    log = Log(run)
     saved_at = time.monotonic()
     signals = []  # those that ask us to save and leave
-    if run.step == 0 and eval_every:
+    if run.step == 0 and s.eval_every:
         show_held_out(run, log)
     stream = data.batches(
         run.step,
@@ -514,85 +458,67 @@ def train(args, stage, ranks):
     )
     with on_signals(signals.append):
         while run.step < s.steps:
-            began = time.perf_counter()
-            batches = next(stream)
-            loaded = time.perf_counter()
+            with log.timed("load"):
+                batches = next(stream)
             due = first and 0 < s.save_minutes * 60 < time.monotonic() - saved_at
+            # what one rank knows, all of them act on
             supervised, bad, due, leave = ranks.sum(
                 sum(batch.supervised for batch in batches), data.bad, due, len(signals)
             )
             if leave:
                 break
-            run.bad = bad
+            run.bad = bad  # only now: what is not trained on is read again, and counted then
             check_batches(run, batches, supervised)
-            if peak:
-                flops = sum(arithmetic(model.config, s, batch) for batch in batches)
-                log.flops += flops * ranks.world
-            loss = gradients(run, batches, supervised)
-            update(run, loss, supervised)
+            with log.timed("update"):
+                loss = gradients(run, batches, supervised)
+                update(run, loss, supervised)
             run.step += 1
-            log.step_done(loaded - began, time.perf_counter() - loaded)
+            log.step_done(sum(arithmetic(model.config, s, batch) for batch in batches))
 
             last = run.step == s.steps
             if run.step % s.log_every == 0 or last:
-                log_progress(run, log, peak)
-            if last or due or (save_every and run.step % save_every == 0):
+                log_progress(run, log)
+            if last or due or (s.save_every and run.step % s.save_every == 0):
                 with log.timed("save"):
                     log.say(f"saved {save(run)}")
                 saved_at = time.monotonic()
-            if eval_every and (run.step % eval_every == 0 or last):
+            if s.eval_every and (run.step % s.eval_every == 0 or last):
                 show_held_out(run, log)
         stream.close()
         if leave:
             log.say(f"saved {save(run)}")
-    log.close()
+    log.bar.close()
 
     # ---- report ------------------------------------------------------------------------------------
     done = run.step == s.steps
     if first:
         print(f"memory of a rank at its peak, measured: {peak_memory(device)}")
         next_command(args, s, run.step)
-    if done and ranks.world == 1 and s.score_rows and held_out and eval_every:
+    if done and ranks.world == 1 and s.score_rows and held_out and s.eval_every:
         final_scores(run)
     return done
 
 
-def open_data(s, config, tokenizer, ranks):
-    """The mixtures of a run; the toy world is drawn where it is wanted and not there."""
-    if s.preset == "toy" and s.data.startswith("out/toy/") and not Path(s.data).exists():
-        if ranks.rank == 0:
-            import toy
-
+def open_data(s, c, tokenizer, ranks):
+    """The run's mixture and the held-out one. The toy world is drawn if it is asked for and missing."""
+    if s.data.startswith("out/toy/"):
+        if ranks.rank == 0 and not Path(s.data).exists():
             print("drawing the toy world in out/toy")
             toy.write("out/toy")
         ranks.sum(0)  # the others wait until it is drawn
-    common = dict(
-        image_size=config.vit.image_size,
-        visual=config.visual_tokens,
-        context=config.llm.context,
-        seed=s.seed,
-        image_mark=config.image_mark,
-    )
+    sizes = (c.vit.image_size, c.visual_tokens, c.llm.context)
     # rounding T up makes few shapes, for the GPU's and the compiler's sake; on a CPU it only costs
     bucket = BUCKET if ranks.device.type == "cuda" or s.compile else 1
-    data = Data(s.data, tokenizer, batch=s.batch, bucket=bucket, **common)
+    data = Data(s.data, tokenizer, *sizes, s.batch, s.seed, image_mark=c.image_mark, bucket=bucket)
     held_out = s.eval_data or Path(s.data).with_name("heldout.toml")
     if not s.eval_data and not held_out.exists():
         return data, None
-    return data, Data(held_out, tokenizer, train=False, **common)
-
-
-def make_folder(out):
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as e:
-        raise BadInput(f"--out {out}: cannot be made ({e.strerror}); name another") from None
+    return data, Data(held_out, tokenizer, *sizes, train=False, image_mark=c.image_mark)
 
 
 def same_everywhere(s, data, ranks):
     """A rank with other flags or other data would train something that nobody asked for."""
-    mine = json.dumps([asdict(s), data.counts, data.digest], sort_keys=True, default=str)
-    digest = zlib.crc32(mine.encode())
+    digest = zlib.crc32(repr((s, data.counts, data.digest)).encode())
     if ranks.sum(digest)[0] != digest * ranks.world:
         raise BadInput(
             f"rank {ranks.rank} of {ranks.world}: the ranks differ in flags or data; "
@@ -607,7 +533,6 @@ def same_everywhere(s, data, ranks):
 def place(run):
     """Cast, move, and set up DDP or sharding."""
     s, model = run.s, run.model
-    run.originals = {} if run.ranks.rank == 0 and not run.base else None
     model.vit.recompute = model.llm.recompute = s.recompute
     if s.compile:
         torch._dynamo.config.recompile_limit = 64  # one a bucket of shapes
@@ -617,32 +542,33 @@ def place(run):
     if s.shard:
         shard(run)
         return
-    cast(model, s.dtype, run.originals, run.ranks.device)
+    cast(run, model, run.ranks.device)
     if run.ranks.world > 1:
         run.net = torch.nn.parallel.DistributedDataParallel(model, gradient_as_bucket_view=True)
 
 
-def cast(module, dtype, originals, device="cpu", prefix=""):
-    """Masters of what trains in fp32, what is frozen in the dtype of the arithmetic.
+def cast(run, module, device="cpu", prefix=""):
+    """Move to the device. What trains becomes fp32, what is frozen takes the dtype of the arithmetic.
 
-    A frozen tensor that loses bits goes to `originals` first, if that is a dictionary."""
-    dtype = DTYPES[dtype]
+    A frozen tensor that loses bits is kept for the checkpoints, on the rank that writes them."""
+    dtype = DTYPES[run.s.dtype]
     master = torch.promote_types(dtype, torch.float32)
+    saves = run.ranks.rank == 0 and not run.base
     for name, p in module.named_parameters(prefix):
         if hasattr(p, "full_tensor"):
             continue  # sharded, and cast before that
         to = master if p.requires_grad else dtype
-        if originals is not None and not p.requires_grad and p.dtype != to:
-            originals[name] = p.data
+        if saves and not p.requires_grad and p.dtype != to:
+            run.originals[name] = p.data
         p.data = p.data.to(device, to)
         if not torch.isfinite(p).all():
             raise BadInput(f"{name}: the weights to start from are not finite; take others")
 
 
 def shard(run):
-    """fully_shard: a group per ViT block and LLM layer, and one for the rest.
+    """fully_shard: a group per ViT block and LLM layer, and last one for the rest.
 
-    Moves a layer at a time, so that no device ever holds them all."""
+    It moves one group at a time to the devices, so that none of them ever holds the whole model."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 
@@ -652,7 +578,7 @@ def shard(run):
         policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32)
     names = {module: name for name, module in run.model.named_modules()}
     for module in (*models.every_layer(run.model), run.model):
-        cast(module, run.s.dtype, run.originals, prefix=names[module])
+        cast(run, module, prefix=names[module])
         fully_shard(module, mesh=mesh, mp_policy=policy)
 
 
@@ -678,8 +604,8 @@ def placed_like(p, full):
 # One update
 
 
-def learning_rate(s, step):
-    """Share of the peak: a linear rise, then a cosine to zero."""
+def share_of_peak(s, step):
+    """What every peak learning rate is multiplied by: a linear rise, then a cosine to zero."""
     rise = max(1, round(s.warmup * s.steps))
     if step < rise:
         return (step + 1) / rise
@@ -695,46 +621,36 @@ def make_optimizer(model, s):
             groups.setdefault((models.part_of(name), decays), []).append(p)
     optimizer = torch.optim.AdamW(
         [
-            {"params": params, "peak": s.lr[part], "weight_decay": s.weight_decay * decays}
+            {"params": params, "part": part, "weight_decay": s.weight_decay * decays}
             for (part, decays), params in groups.items()
         ],
         betas=BETAS,
-        eps=EPS,
         fused=True,
     )
-    for p in trained_parameters(optimizer):  # now, so that a run can be saved before its first step
-        moments = {key: torch.zeros_like(p) for key in MOMENTS}
-        optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
+    for params in groups.values():
+        for p in params:  # filled now, so that a run can be saved before its first step
+            moments = {key: torch.zeros_like(p) for key in MOMENTS}
+            optimizer.state[p] = {"step": torch.zeros((), device=p.device), **moments}
     return optimizer
 
 
-def trained_parameters(optimizer):
-    return [p for group in optimizer.param_groups for p in group["params"]]
-
-
 def gradients(run, batches, supervised):
-    """Those of sum(loss) / sum(supervised tokens), both over all ranks and micro-batches.
+    """Add up the gradients of sum(loss) / supervised, both sums over all ranks and micro-batches.
 
+    The divisor is known before the first micro-batch runs, so that none is weighed by how it was cut.
     Returns sum(loss)."""
     total = torch.zeros((), dtype=torch.float64, device=run.ranks.device)
     for i, batch in enumerate(batches):
-        batch = batch.to(run.ranks.device, non_blocking=True)
-        # DDP sends gradients with the last micro-batch; a sharded run has no room to hold whole ones back
+        # what a fork draws at random follows from the step as the batch does: a resumed run stays exact
+        torch.manual_seed(zlib.crc32(repr((run.s.seed, run.step, run.ranks.rank, i)).encode()))
+        # DDP sends gradients with the last micro-batch; a sharded run has no room to keep whole ones till then
         hold_back = run.net is not run.model and i + 1 < len(batches)
         with run.net.no_sync() if hold_back else nullcontext():
-            with run.autocast():
-                loss = run.net(
-                    batch.images,
-                    batch.tokens,
-                    batch.targets,
-                    batch.image_positions,
-                    batch.target_positions,
-                )
+            loss = run.loss(batch)
             # DDP and fully_shard average over the ranks, and we want the sum: hence x world
             (loss * (run.ranks.world / supervised)).backward()
         total += loss.detach()
-    if run.ranks.world > 1:
-        dist.all_reduce(total)
+    run.ranks.reduce(total)
     return total
 
 
@@ -744,13 +660,13 @@ def update(run, loss, supervised):
     The fused kernel divides gradients by grad_scale, and where found_inf is 1 it leaves parameters and
     moments as they were: this is how torch's GradScaler talks to it."""
     optimizer, m = run.optimizer, run.meters
-    norm = torch.nn.utils.get_total_norm([p.grad for p in trained_parameters(optimizer)])
+    norm = torch.nn.utils.get_total_norm([p.grad for p in optimizer.state])
     if hasattr(norm, "full_tensor"):
         norm = norm.full_tensor()
     skip = ~(torch.isfinite(norm) & torch.isfinite(loss))
     for group in optimizer.param_groups:
-        group["lr"] = group["peak"] * learning_rate(run.s, run.step)
-    optimizer.grad_scale = (norm / CLIP).clamp(min=1).float()
+        group["lr"] = run.s.lr[group["part"]] * share_of_peak(run.s, run.step)
+    optimizer.grad_scale = (norm / CLIP).clamp(min=1).float()  # this clips
     optimizer.found_inf = skip.float()
     optimizer.step()
     optimizer.zero_grad()
@@ -758,12 +674,11 @@ def update(run, loss, supervised):
     m["tokens"] += torch.where(skip, 0.0, supervised)
     m["norm"] = norm.double()
     m["skipped"] += skip
-    m["in_a_row"] = (m["in_a_row"] + 1) * skip
-    m["most_in_a_row"] = torch.maximum(m["most_in_a_row"], m["in_a_row"])
+    m["in_a_row"] = torch.where(m["in_a_row"] < SKIPS, (m["in_a_row"] + 1) * skip, SKIPS)
 
 
 def new_meters(device):
-    names = ("loss", "tokens", "norm", "skipped", "in_a_row", "most_in_a_row")
+    names = ("loss", "tokens", "norm", "skipped", "in_a_row")
     return {name: torch.zeros((), dtype=torch.float64, device=device) for name in names}
 
 
@@ -775,10 +690,10 @@ def save(run):
     """Write out/stageN/step-K and drop all but the newest --keep. Every rank takes part, rank 0 writes."""
     s, first = run.s, run.ranks.rank == 0
     path = s.out / f"step-{run.step:08d}"
+    if not first and not s.shard:
+        return path  # rank 0 has everything in one piece
     tensors, optimizer = {}, {}
     for name, p in run.model.named_parameters():
-        if not first and not hasattr(p, "full_tensor"):
-            continue  # rank 0 has it in one piece
         if run.base and not p.requires_grad:
             continue  # a branch is saved without its base
         value = in_one_piece(p)
@@ -792,49 +707,36 @@ def save(run):
             optimizer |= moments
     if not first:
         return path
+    before = start.saved(s.out)
+    newest = f"the last whole one is {before}" if before else "there is none before it"
     for name, t in tensors.items():
         if not t.isfinite().all():
             raise BadInput(
-                f"step {run.step}: {name} is no longer finite and is not saved; {newest(s.out)}; lower --lr"
+                f"step {run.step}: {name} is no longer finite and is not saved; {newest}; lower --lr"
             )
-    tensors |= run.originals or {}
-    lasting = {key: getattr(s, key) for key in ("stage", *LASTING)}
+    tensors |= run.originals
+    training = {key: getattr(s, key) for key in ("stage", *LASTING)}
     state = {
         "step": run.step,
-        "settings": lasting,
-        "meters": {
-            k: v.item() for k, v in run.meters.items() if k not in ("norm", "most_in_a_row")
-        },
+        "meters": {name: meter.item() for name, meter in run.meters.items()},
         "counts": run.data.counts,
         "digest": run.data.digest,
         "bad": run.bad,
     }
-    training = lasting | {"step": run.step}
     try:
         weights.save(
             path, (run.model, tensors), run.tokenizer, training, optimizer, state, run.base
         )
-        prune(s.out, s.keep)
+        old = sorted(s.out.glob("step-*[0-9]"))[: -s.keep]
+        killed = s.out.glob("step-*.new")  # while they were being written
+        for folder in (*old, *killed):
+            shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as e:
-        shutil.rmtree(path.with_name(path.name + ".new"), ignore_errors=True)
+        shutil.rmtree(f"{path}.new", ignore_errors=True)
         raise BadInput(
-            f"{path}: the checkpoint cannot be written ({e}); {newest(s.out)}; make room and --resume"
+            f"{path}: the checkpoint cannot be written ({e}); {newest}; make room and --resume"
         ) from None
     return path
-
-
-def checkpoints(out):
-    return sorted(p for p in out.glob("step-*") if p.name[5:].isdigit())
-
-
-def newest(out):
-    steps = checkpoints(out)
-    return f"the last whole one is {steps[-1]}" if steps else "there is none before it"
-
-
-def prune(out, keep):
-    for old in [*checkpoints(out)[:-keep], *out.glob("step-*.new")]:  # .new: a save that was killed
-        shutil.rmtree(old, ignore_errors=True)
 
 
 def restore(run, state):
@@ -849,8 +751,8 @@ def restore(run, state):
     run.bad = state["bad"]
     if run.ranks.rank == 0:
         data.bad = run.bad  # the ranks' counts are summed
-    for name, meter in run.meters.items():
-        meter += state["meters"].get(name, 0.0)
+    for name, value in state["meters"].items():
+        run.meters[name].fill_(value)
     stored = weights.load_tensors(path / "optimizer.safetensors")
     trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     expected = {f"{name}.{key}" for name in trained for key in MOMENTS} | {"steps"}
@@ -873,10 +775,10 @@ def restore(run, state):
 def check_batches(run, batches, supervised):
     """Name what could not be read; stop where there is too much of it, or nothing to learn."""
     s = run.s
-    sentences = [" ".join(sentence.split()) for batch in batches for sentence in batch.bad]
+    sentences = [sentence for batch in batches for sentence in batch.bad]
     if sentences:
         with open(s.out / "unreadable.txt", "a") as file:
-            file.writelines(f"step {run.step}: {sentence}\n" for sentence in sentences)
+            file.writelines(f"step {run.step + 1}: {sentence}\n" for sentence in sentences)
     seen = s.batch * (run.step + 1)
     if run.bad > s.max_bad * max(seen, 1000):  # no verdict from the first few samples
         raise BadInput(
@@ -890,19 +792,16 @@ def check_batches(run, batches, supervised):
         )
 
 
-def log_progress(run, log, peak):
-    """The only place of the loop that waits for the device."""
-    s = run.s
-    values = torch.stack(list(run.meters.values())).tolist()
-    meters = dict(zip(run.meters, values))
+def log_progress(run, log):
+    """Between saves and evaluations the only place of the loop that waits for the device."""
+    meters = {name: meter.item() for name, meter in run.meters.items()}
+    log.progress(meters)
     run.meters["loss"].zero_()
     run.meters["tokens"].zero_()
-    rates = {part: rate * learning_rate(s, run.step - 1) for part, rate in s.lr.items()}
-    log.progress(run.step, s.batch, rates, meters, run.bad, peak and peak * run.ranks.world)
-    if meters["most_in_a_row"] >= SKIPS:
+    if meters["in_a_row"] >= SKIPS:
         raise BadInput(
             f"step {run.step}: {SKIPS} updates in a row had no finite gradient and were skipped; lower "
-            f"--lr or look at the data; the last good checkpoint is in {s.out}"
+            f"--lr or look at the data; the last good checkpoint is in {run.s.out}"
         )
 
 
@@ -910,51 +809,42 @@ def show_held_out(run, log):
     """Held-out loss of every source, and one answer for each by the model as it is now."""
     if run.held_out is None:
         return
-    with log.paused(), torch.compiler.set_stance("force_eager") if run.s.compile else nullcontext():
-        losses, lines = held_out_loss(run), examples(run)
+    with (
+        log.timed("held_out"),
+        torch.compiler.set_stance("force_eager") if run.s.compile else nullcontext(),
+    ):
+        run.model.eval()
+        losses = held_out_loss(run)
         log.write({"step": run.step, "held_out": losses})
         said = ", ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
         log.say(f"step {run.step}  held-out loss: {said}")
-        for line in lines:
+        for line in examples(run):
             log.say(line)
+        run.model.train()
 
 
 @torch.no_grad()
 def held_out_loss(run):
-    """{source: loss per supervised token}, summed over the ranks before it is divided."""
-    sources = run.held_out.sources
-    sums = torch.zeros(2, len(sources), dtype=torch.float64, device=run.ranks.device)
-    for i, source in enumerate(sources):
-        for batch in held_out_batches(run, source):
-            batch = batch.to(run.ranks.device, non_blocking=True)
-            with run.autocast():
-                sums[0, i] += run.model(
-                    batch.images,
-                    batch.tokens,
-                    batch.targets,
-                    batch.image_positions,
-                    batch.target_positions,
-                )
-            sums[1, i] += batch.supervised
-    if run.ranks.world > 1:
-        dist.all_reduce(sums)
-    pairs = zip(sources, *sums.tolist())
-    return {source.name: loss / max(tokens, 1) for source, loss, tokens in pairs}
-
-
-def held_out_batches(run, source):
-    """This rank's share of the first --eval-rows samples; as many batches on every rank, as sharding needs."""
-    data, rank, world = run.held_out, run.ranks.rank, run.ranks.world
-    count = min(run.s.eval_rows, len(source))
-    together = run.s.rows * world
-    for begin in range(0, count, together):
-        numbers = range(begin + rank, min(begin + together, count), world)
-        samples = [data.sample(source, number, 0) for number in numbers or [0]]
-        batch = collate(samples, data.tokenizer.pad, data.visual, data.image_size)
-        if not numbers:  # nothing is left for this rank: a batch that does not count
-            nowhere = torch.full_like(batch.target_positions, -1)
-            batch = replace(batch, target_positions=nowhere, supervised=0)
-        yield batch
+    """{source: loss per supervised token} of the first --eval-rows samples, over all ranks."""
+    data, ranks = run.held_out, run.ranks
+    together = run.s.rows * ranks.world
+    losses = {}
+    for source in data.sources:
+        sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
+        numbers = range(min(run.s.eval_rows, len(source)))
+        for begin in range(0, len(numbers), together):
+            mine = numbers[begin : begin + together][ranks.rank :: ranks.world]
+            # sharding needs as many forward passes on every rank: without a row left, one that does not count
+            samples = [data.sample(source, number, 0) for number in mine or [0]]
+            batch = collate(samples, data.tokenizer.pad, data.visual, data.image_size)
+            loss = run.loss(batch)
+            if mine:
+                sums[0] += loss
+                sums[1] += batch.supervised
+        ranks.reduce(sums)
+        loss, tokens = sums.tolist()
+        losses[source.name] = loss / max(tokens, 1)
+    return losses
 
 
 @torch.no_grad()
@@ -1017,7 +907,7 @@ def final_scores(run):
 
 def next_command(args, s, step):
     """The loss curve, and the next command to type."""
-    named = f" --out {s.out}" if args.out and args.stage != "all" else ""
+    named = f" --out {args.out}" if args.out else ""
     if step < s.steps:
         print(
             f"stopped at step {step}; python train.py --stage {args.stage}{named} --resume goes on"
@@ -1042,9 +932,9 @@ def plan(args, stage):
     """Everything that would happen, from the architecture alone: no weights, no GPU, no training."""
     world, room = args.gpus or (int(os.environ.get("WORLD_SIZE", 1)), None)
     s = resolve(args, stage, world)
-    model, origins = start.build_on_meta(s)
+    model, origins = start.build(s, say=False, plan=True)
     model.freeze(stage, s.tune)
-    describe(model, s, world, origins, room and room * GIB)
+    describe(model, s, world, origins, room)
     rows = s.steps * s.batch
     visual = model.config.visual_tokens
     print(
@@ -1055,10 +945,8 @@ def plan(args, stage):
         counts = {source.name: len(source) for source in load_mixture(s.data)}
         total = sum(counts.values())
         print(f"samples: {counted(counts)}; {rows / total:.1f} epochs of {total:,}")
-    elif s.data:
-        print(f"samples: not counted ({s.data} is not there)")
     else:
-        print("samples: no --data to count")
+        print(f"samples: not counted, as there is no {s.data or '--data'}")
     flops = s.batch * arithmetic(model.config, s)
     print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; {measured_time(s.out, s.steps)}")
 
@@ -1074,7 +962,7 @@ def command(argv):
         for stage in stages:
             plan(args, stage)
         return
-    ranks = setup_ranks(args.device, args.timeout)
+    ranks = setup_ranks(args.device, args.timeout or 1800)
     for stage in stages:
         if not train(args, stage, ranks):
             break
@@ -1089,7 +977,9 @@ def main(argv=None):
         sys.stdout.flush()
     except (BadInput, OSError, RuntimeError) as e:
         return complain(e, "train.py")
-    except BaseException:  # a bug: its traceback would wait for the loaders for ever
+    except (
+        BaseException
+    ):  # a bug: the process would print its traceback and wait for the loaders for ever
         end_loaders()
         raise
     return 0

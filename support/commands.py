@@ -16,6 +16,16 @@ class Parser(argparse.ArgumentParser):
             description=description, formatter_class=argparse.RawDescriptionHelpFormatter
         )
 
+    def flag(self, name, kind, help, default=None):
+        """kind: bool, the values that there are, or what reads the value"""
+        if kind is bool:
+            how = {"action": argparse.BooleanOptionalAction}
+        elif callable(kind):
+            how = {"type": kind}
+        else:
+            how = {"choices": kind}
+        self.add_argument(name, help=help, default=default, **how)
+
     def error(self, message):
         raise BadInput(f"{message}; --help lists the flags")
 
@@ -34,6 +44,11 @@ def number(kind, low, high=math.inf):
         return value
 
     return read
+
+
+positive = number(int, 1)
+natural = number(int, 0)
+amount = number(float, 0)
 
 
 def run(main):

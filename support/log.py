@@ -5,6 +5,7 @@ import math
 import re
 import resource
 import time
+from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 from statistics import mean
@@ -13,37 +14,35 @@ import torch
 from tqdm import tqdm
 
 from support.errors import BadInput
+from support.plan import peak_flops
 
 
 class Log:
     """log.jsonl, the progress bar and tensorboard, on rank 0; on the others nothing."""
 
-    def __init__(self, out, step, steps, rank, tensorboard=False):
-        self.file = out / "log.jsonl"
-        self.step, self.steps = step, steps
-        self.quiet = rank > 0
+    def __init__(self, run):
+        s = run.s
+        self.run = run
+        self.file = s.out / "log.jsonl"
+        self.quiet = run.ranks.rank > 0
+        self.peak = peak_flops(run.ranks.device)
         self.board = None
-        self.bar = tqdm(
-            total=steps, initial=step, unit="step", disable=True if self.quiet else None
-        )
+        hidden = self.quiet or None  # None: where the output is no terminal
+        self.bar = tqdm(total=s.steps, initial=run.step, unit="step", disable=hidden)
         self.begin()
         if self.quiet:
             return
-        # a run that was killed may have logged steps that its checkpoint does not know: they come again
-        keep_lines(self.file, lambda line: logged_step(line) <= step)
-        keep_lines(out / "unreadable.txt", lambda line: unreadable_step(line) < step)
-        if tensorboard:
-            self.board = open_tensorboard(out)
+        for file in (self.file, s.out / "unreadable.txt"):
+            forget_later_steps(file, run.step)
+        if s.tensorboard:
+            self.board = open_tensorboard(s.out)
 
     def begin(self):
+        """What is said of some steps starts here."""
+        self.step = self.run.step
         self.since = time.perf_counter()
         self.flops = 0
-        self.seconds = {"load": 0.0, "update": 0.0, "save": 0.0}
-
-    def step_done(self, load, update):
-        self.seconds["load"] += load
-        self.seconds["update"] += update
-        self.bar.update()
+        self.seconds = Counter()  # of what is timed
 
     @contextmanager
     def timed(self, what):
@@ -51,12 +50,9 @@ class Log:
         yield
         self.seconds[what] += time.perf_counter() - began
 
-    @contextmanager
-    def paused(self):
-        """The time of the block is not training's."""
-        began = time.perf_counter()
-        yield
-        self.since += time.perf_counter() - began
+    def step_done(self, flops):
+        self.flops += flops
+        self.bar.update()
 
     def write(self, record):
         if self.quiet:
@@ -70,7 +66,7 @@ class Log:
             ) from None
         if self.board:
             for key, value in (record | record.get("held_out", {})).items():
-                if isinstance(value, (int, float)) and key != "step":
+                if isinstance(value, (int, float)):
                     self.board.add_scalar(key, value, record["step"])
             self.board.flush()
 
@@ -78,41 +74,36 @@ class Log:
         if not self.quiet:
             tqdm.write(text)
 
-    def progress(self, step, batch, lr, meters, bad, peak):
+    def progress(self, meters):
         """One record of the steps since the last, and the progress line."""
-        steps = step - self.step
-        took = time.perf_counter() - self.since
+        run = self.run
+        lr = {group["part"]: group["lr"] for group in run.optimizer.param_groups}
+        steps = run.step - self.step
+        took = time.perf_counter() - self.since - self.seconds["held_out"]
         record = {
-            "step": step,
+            "step": run.step,
             "loss": meters["loss"] / max(meters["tokens"], 1),
             "grad_norm": meters["norm"] if math.isfinite(meters["norm"]) else None,
             "lr": lr,
-            "samples_per_s": batch * steps / took,
+            "samples_per_s": run.s.batch * steps / took,
             "tokens_per_s": meters["tokens"] / took,
-            "mfu": self.flops / took / peak if peak else None,
+            "mfu": self.flops / took / self.peak if self.peak else None,
             "skipped": int(meters["skipped"]),
-            "bad": bad,
+            "bad": run.bad,
             "seconds": {k: v / steps for k, v in self.seconds.items()} | {"step": took / steps},
         }
         self.write(record)
-        shown = {
-            "loss": f"{record['loss']:.3f}",
-            "lr": f"{max(lr.values()):.1e}",
-            "samples/s": f"{record['samples_per_s']:.0f}",
-            "tokens/s": f"{record['tokens_per_s']:.0f}",
-        }
-        if peak:
-            shown["MFU"] = f"{record['mfu']:.0%}"
-        shown |= {key: record[key] for key in ("skipped", "bad") if record[key]}
-        self.bar.set_postfix(shown)
+        line = f"loss {record['loss']:.3f}  lr {max(lr.values()):.1e}  "
+        line += f"samples/s {record['samples_per_s']:.0f}  tokens/s {record['tokens_per_s']:.0f}"
+        if self.peak:
+            line += f"  MFU {record['mfu']:.0%}"
+        for key in ("skipped", "bad"):
+            if record[key]:
+                line += f"  {key} {record[key]}"
+        self.bar.set_postfix_str(line)
         if self.bar.disable:
-            line = "  ".join(f"{key} {value}" for key, value in shown.items())
-            self.say(f"step {step}/{self.steps}  {line}")
-        self.step = step
+            self.say(f"step {run.step}/{run.s.steps}  {line}")
         self.begin()
-
-    def close(self):
-        self.bar.close()
 
 
 def open_tensorboard(out):
@@ -123,32 +114,26 @@ def open_tensorboard(out):
     return SummaryWriter(str(out))
 
 
-def keep_lines(file, wanted):
-    """Keep the lines of a file that are wanted; half a line at its end is not."""
-    if file.exists():
-        lines = file.read_text().splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and wanted(line)]
-        part = file.with_suffix(".new")
-        part.write_text("".join(kept))
-        part.replace(file)
+def forget_later_steps(file, step):
+    """A run that was killed may have written of steps that its checkpoint does not know: they come again.
 
-
-def unreadable_step(line):
-    found = re.match(r"step (\d+):", line)
-    return int(found[1]) if found else -1
-
-
-def logged_step(line):
-    try:
-        return json.loads(line)["step"]
-    except (ValueError, KeyError, TypeError):
-        return math.inf  # the half line of a run that was killed
+    The first number of a line is its step; half a line at the end goes, too."""
+    if not file.exists():
+        return
+    lines = file.read_text().splitlines(keepends=True)
+    whole = [line for line in lines if line.endswith("\n")]
+    kept = [line for line in whole if int(re.search(r"\d+", line)[0]) <= step]
+    part = file.with_suffix(".new")
+    part.write_text("".join(kept))
+    part.replace(file)
 
 
 def records(folder):
     file = Path(folder) / "log.jsonl"
-    lines = file.read_text().splitlines() if file.is_file() else []
-    return [json.loads(line) for line in lines if logged_step(line) < math.inf]
+    if not file.is_file():
+        return []
+    whole, _, _ = file.read_text().rpartition("\n")  # a run that was killed may leave half a line
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def peak_memory(device):
@@ -194,29 +179,30 @@ def plot(folder):
 
 def stage_table(out):
     """The scores that evaluation has left in this run's folder and in those of the stages before it."""
-    folders = [out]
-    if re.fullmatch(r"stage[123]", out.name):
-        folders = [folder for folder in sorted(out.parent.glob("stage[123]")) if folder <= out]
-    columns = {}
-    for folder in folders:
-        file = folder / "evaluation/scores.json"
-        if not file.is_file():
-            continue
-        for source, scores in json.loads(file.read_text()).items():
-            for name, text in summary(scores).items():
-                columns.setdefault((source, name), {})[folder] = text
-    heads = "".join(f"{folder.name:<22}" for folder in folders)
+    folders = [folder for folder in sorted(out.parent.glob("stage[123]")) if folder <= out]
+    if out not in folders:
+        folders = [out]
+    columns = {folder.name: summary(folder / "evaluation/scores.json") for folder in folders}
+    heads = "".join(f"{name:<22}" for name in columns)
     print(f"\n{'held out, answers generated':<42}{heads}")
-    for (source, name), texts in columns.items():
-        cells = "".join(f"{texts.get(folder, ''):<22}" for folder in folders)
-        print(f"{source + '  ' + name:<42}{cells}")
+    for score in columns[out.name]:
+        cells = "".join(f"{column.get(score, ''):<22}" for column in columns.values())
+        print(f"{score:<42}{cells}")
 
 
-def summary(scores):
-    """{metric: score as text}; of a score by types the lowest."""
-    types = {name: s["score"] for name, s in scores.items() if name.startswith("type ")}
-    texts = {name: f"{s['score']:.3f}" for name, s in scores.items() if name not in types}
-    if types:
-        lowest = min(types, key=types.get)
-        texts["lowest type"] = f"{types[lowest]:.3f} {lowest.removeprefix('type ')}"
-    return texts
+def summary(file):
+    """{source and metric: score as text}; of a score by types the lowest."""
+    table = {}
+    if not file.is_file():
+        return table
+    for source, scores in json.loads(file.read_text()).items():
+        types = []
+        for name, entry in scores.items():
+            if name.startswith("type "):
+                types.append((entry["score"], name.removeprefix("type ")))
+            else:
+                table[f"{source}  {name}"] = f"{entry['score']:.3f}"
+        if types:
+            score, name = min(types)
+            table[f"{source}  lowest type"] = f"{score:.3f} {name}"
+    return table

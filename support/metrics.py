@@ -1,10 +1,9 @@
 """Numbers from strings: CIDEr-D, VQA accuracy, exact match, boxes, POPE and MME. Standard library alone.
 
-A metric over a corpus returns (score, count); POPE and MME, which have several figures, return a dict
-with a count. Scores are fractions, which papers multiply by 100 (CIDEr-D's 1.38 is "138"), save MME's own
-points. What a single sample can be told has a function of its own (vqa_score, exact_score, iou), for
-running scores and contact sheets. Every mean is math.fsum's, correctly rounded: the order in which ranks
-deliver cannot change a digit.
+vqa_score, exact_score and iou score one sample, and cider every sample of a corpus; mean() makes (score,
+count) of such scores. POPE and MME, which have several figures, return (figure, score, count) for each.
+Scores are fractions, which papers multiply by 100 (CIDEr-D's 1.38 is "138"), save MME's own points. Every
+mean is math.fsum's, correctly rounded: the order in which ranks deliver cannot change a digit.
 
 The quirks of the official scripts are kept where figures are compared, and named where they stand.
 """
@@ -12,7 +11,6 @@ The quirks of the official scripts are kept where figures are compared, and name
 import math
 import re
 from collections import Counter, defaultdict
-from functools import lru_cache, partial
 
 # ---------------------------------------------------------------------------------------------------
 # Captions
@@ -53,12 +51,11 @@ def ngrams(words):
     return [Counter(zip(*(words[i:] for i in range(n)))) for n in range(1, N + 1)]
 
 
-def cider_scores(predictions, references, split=tokenise):
+def cider(predictions, references, split=tokenise):
     """CIDEr-D (arXiv 1411.5726) of each prediction against its list of references, weighted by the whole corpus.
 
     An n-gram weighs log(images) - log(images with it in a reference): one image alone always scores 0.
     """
-    check(predictions, references)
     images = Counter()  # with an n-gram in a reference; n-grams of different n differ as tuples
     for texts in references:
         check_list(texts)
@@ -81,12 +78,8 @@ def cider_scores(predictions, references, split=tokenise):
 
     return [
         10 * math.fsum(similarity(prediction, text) for text in texts) / len(texts)
-        for prediction, texts in zip(predictions, references)
+        for prediction, texts in zip(predictions, references, strict=True)
     ]
-
-
-def cider(predictions, references, split=tokenise):
-    return mean(cider_scores(predictions, references, split))
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -121,7 +114,6 @@ NUMBERS = {"none": "0"} | {word: str(i) for i, word in enumerate(DIGITS)}
 PUNCTUATION = ';/[]"{}()=+\\_-><@`,?!'  # no apostrophe, colon or period
 
 
-@lru_cache(1 << 16)
 def normalise(text):
     """The VQA evaluation code's punctuation, digits, articles and contractions.
 
@@ -172,20 +164,12 @@ def vqa_score(prediction, answers, protocol="vqav2"):
     return (matches * min(1, (matches - 1) / 3) + (n - matches) * min(1, matches / 3)) / n
 
 
-def vqa_accuracy(predictions, answers, protocol="vqav2"):
-    return average(partial(vqa_score, protocol=protocol), predictions, answers)
-
-
 def exact_score(prediction, answers):
     """1 if the prediction is one of the answers, up to case, outer white space (as in InfMLLM's evaluation) and a
     closing period, which chat models like to add (as in LLaVA's). For GQA and OCR-VQA."""
     check_list(answers)
     prediction, *answers = (text.strip().rstrip(".").lower() for text in (prediction, *answers))
     return float(prediction in answers)
-
-
-def exact_match(predictions, answers):
-    return average(exact_score, predictions, answers)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -204,16 +188,6 @@ def area(box):
     return max(0, box[2] - box[0]) * max(0, box[3] - box[1])
 
 
-def box_accuracy(predictions, boxes):
-    """Acc@0.5: the share of predictions with IoU >= 0.5. None, an answer that named no box, is a miss that counts."""
-    check(predictions, boxes)
-    return mean([iou(p, b) >= 0.5 for p, b in zip(predictions, boxes)])
-
-
-def mean_iou(predictions, boxes):
-    return average(iou, predictions, boxes)
-
-
 # ---------------------------------------------------------------------------------------------------
 # Yes and no
 
@@ -226,19 +200,17 @@ def pope_answer(text):
 
 def pope(predictions, labels):
     """POPE (arXiv 2305.10355); "yes" is the positive class, and a ratio of nothing to nothing is 0."""
-    check(predictions, labels)
     said = [pope_answer(text) == "yes" for text in predictions]
-    truth = [yes(label) for label in labels]
-    true_positives = sum(s and t for s, t in zip(said, truth))
+    truth = [checked(label) == "yes" for label in labels]
+    true_positives = sum(s and t for s, t in zip(said, truth, strict=True))
     accuracy, count = mean([s == t for s, t in zip(said, truth)])
-    return {
-        "accuracy": accuracy,
-        "precision": true_positives / max(1, sum(said)),
-        "recall": true_positives / max(1, sum(truth)),
-        "f1": 2 * true_positives / max(1, sum(said) + sum(truth)),
-        "yes_ratio": sum(said) / count,
-        "count": count,
-    }
+    return [
+        ("accuracy", accuracy, count),
+        ("precision", true_positives / max(1, sum(said)), count),
+        ("recall", true_positives / max(1, sum(truth)), count),
+        ("f1", 2 * true_positives / max(1, sum(said) + sum(truth)), count),
+        ("yes_ratio", sum(said) / count, count),
+    ]
 
 
 MME_PARTS = {
@@ -257,52 +229,39 @@ def mme_answer(text):
 
 
 def mme(predictions, labels, subtasks, images):
-    """MME (arXiv 2306.13394): of each subtask acc (questions right), acc+ (images with both questions right) and their
-    sum as points of 200; the sums over perception (of 2000) and cognition (of 800). "other" is wrong.
+    """MME (arXiv 2306.13394): the points of perception (of 2000) and cognition (of 800), then of each subtask (of 200).
+
+    They are 100 (acc + acc+): questions right, and images with both questions right. "other" is wrong.
 
     An image of which only one question was asked, as --limit may leave one, counts in acc and not in acc+.
     """
-    for column in (labels, subtasks, images):
-        check(predictions, column)
     right = defaultdict(lambda: defaultdict(list))  # subtask -> image -> [right, right]
-    for text, label, subtask, image in zip(predictions, labels, subtasks, images):
-        truth = "yes" if yes(label) else "no"
-        right[subtask][image].append(mme_answer(text) == truth)
-    table = {}
+    for text, label, subtask, image in zip(predictions, labels, subtasks, images, strict=True):
+        right[subtask][image].append(mme_answer(text) == checked(label))
+    points = {}
     for subtask, by_image in right.items():
-        crowded = [image for image, answers in by_image.items() if len(answers) > 2]
-        assert not crowded, f"MME asks two questions an image; {subtask} has more on {crowded[0]}"
+        most = max(map(len, by_image.values()))
+        assert most <= 2, f"MME asks two questions an image; {subtask} has {most}"
         acc, count = mean(sum(by_image.values(), []))
         pairs = [all(answers) for answers in by_image.values() if len(answers) == 2]
-        plus = sum(pairs) / max(1, len(pairs))
-        table[subtask] = {
-            "acc": acc,
-            "acc+": plus,
-            "score": 100 * (acc + plus),
-            "count": count,
-            "images": len(pairs),
-        }
-    result = {"subtasks": table, "count": len(predictions)}
+        acc_plus = sum(pairs) / max(1, len(pairs))
+        points[subtask] = (100 * (acc + acc_plus), count)
+    totals = []
     for part, names in MME_PARTS.items():
-        result[part] = math.fsum(table[name]["score"] for name in names if name in table)
-    return result
+        total = math.fsum(points[name][0] for name in names if name in points)
+        totals.append((part, total, len(predictions)))
+    return totals + [(f"  {subtask}", *own) for subtask, own in points.items()]
 
 
 # ---------------------------------------------------------------------------------------------------
 # Shared
 
 
-def yes(label):
-    """Of a label in an annotation file. A prediction may be anything; a label may not."""
+def checked(label):
+    """A label of an annotation file as yes or no. A prediction may be anything; a label may not."""
     word = label.strip().lower()
     assert word in ("yes", "no"), f"a label must be yes or no, not {label!r}"
-    return word == "yes"
-
-
-def check(predictions, truths):
-    assert len(predictions) == len(truths) > 0, (
-        f"{len(predictions)} predictions for {len(truths)} samples"
-    )
+    return word
 
 
 def check_list(texts):
@@ -313,8 +272,3 @@ def check_list(texts):
 
 def mean(scores):
     return math.fsum(scores) / len(scores), len(scores)
-
-
-def average(score, predictions, truths):
-    check(predictions, truths)
-    return mean([score(prediction, truth) for prediction, truth in zip(predictions, truths)])

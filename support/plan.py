@@ -32,6 +32,11 @@ def trains(module):
     return any(p.requires_grad for p in module.parameters())
 
 
+def places(c, s):
+    """How many tokens and patches a micro-batch has."""
+    return s.rows * (c.visual_tokens + s.text), s.rows * (c.vit.prefix + c.vit.side**2)
+
+
 def activations(model, s):
     """Numbers that blocks and layers keep for the backward pass; with --recompute their inputs alone.
 
@@ -40,8 +45,7 @@ def activations(model, s):
     that trains: inputs and outputs of both norms, q, k, v, the output of attention, both sides of GELU.
     """
     c = model.config
-    tokens = s.rows * (c.visual_tokens + s.text)
-    patches = s.rows * (c.vit.prefix + c.vit.side**2)
+    tokens, patches = places(c, s)
     D, kv_width = c.llm.width, c.llm.width // c.llm.heads * c.llm.kv_heads
     kept, inputs = [], 0
     for layer in models.every_layer(model):
@@ -65,24 +69,23 @@ def memory(model, s, world=1):
     master = max(b, 4)
     trained, frozen = (sum(numbers) for numbers in zip(*sizes(model).values()))
     split = world if s.shard else 1
-    tokens = s.rows * (c.visual_tokens + s.text)
-    patches = s.rows * (c.vit.prefix + c.vit.side**2)
+    tokens, patches = places(c, s)
     adapter = s.rows * c.visual_tokens * (2 * c.vit.width + 3 * c.llm.width)
     layer_gradients = 3 * max(c.llm.mlp * tokens, c.vit.mlp * patches)
     chunk = 3 * 4 * models.LOGITS  # logits, their softmax and gradient, in fp32
-    copies = (
-        0 if s.recompute or b == master else b * trained
-    )  # of masters in bf16, for the backward pass
-    layers = [models.count(layer) for layer in models.every_layer(model)]
-    gathered = (
-        3 * max(layers) + trained + frozen - sum(layers)
-    )  # a layer, the next, its gradients; the ends
+    work = b * layer_gradients + chunk
+    if b < master and not s.recompute:
+        work += b * trained  # the masters' copies in bf16, kept for the backward pass
+    if s.shard:
+        layers = [models.count(layer) for layer in models.every_layer(model)]
+        ends = trained + frozen - sum(layers)
+        work += b * (3 * max(layers) + ends)  # gathered: a layer, the next, its gradients; the ends
     return {
         "weights": (b * frozen + master * trained) // split,
         "gradients": master * trained // split,
         "optimizer": 2 * master * trained // split,
         "activations": b * (activations(model, s) + adapter + 4 * c.llm.width * tokens),
-        "work": b * layer_gradients + chunk + copies + (b * gathered if s.shard else 0),
+        "work": work,
         "CUDA": GIB if s.dtype == "bf16" else 0,  # context and libraries, about
     }
 
@@ -144,6 +147,12 @@ def peak_flops(device):
         return None
     name = torch.cuda.get_device_name(device)
     return next((flops for key, flops in PEAK.items() if key in name), None)
+
+
+def gpu_memory(device):
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return None
 
 
 def short(n):

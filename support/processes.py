@@ -33,9 +33,6 @@ def on_signals(do, numbers=STOPS):
 @contextmanager
 def held_back():
     """SIGTERM and SIGINT wait until the end of the block; in what is forked inside it, for good."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield
@@ -58,8 +55,7 @@ def follow_the_trainer(worker):
 @atexit.register
 def end_loaders():
     """Kill them: they ignore the SIGTERM that Python sends at its end, and it would wait for ever."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch has nothing to say about their end
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch has nothing to say about their end
     for child in multiprocessing.active_children():
         child.kill()
 

@@ -18,14 +18,16 @@ class Ranks:
     rank: int
     world: int
     device: torch.device
-    hosts: object = None  # a process group for small numbers that no device should wait for
+
+    def reduce(self, tensor):
+        """Sum a tensor over the ranks, in place."""
+        if self.world > 1:
+            dist.all_reduce(tensor)
 
     def sum(self, *numbers):
-        """Sums over the ranks of whole numbers that the hosts know."""
-        if self.world == 1:
-            return list(numbers)
+        """Sums over the ranks of whole numbers; no device waits for them."""
         total = torch.tensor(numbers, dtype=torch.int64)
-        dist.all_reduce(total, group=self.hosts)
+        self.reduce(total)
         return total.tolist()
 
     def close(self):
@@ -38,15 +40,13 @@ def setup_ranks(device=None, timeout=600):
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if "RANK" not in os.environ:
         return Ranks(0, 1, torch.device(device))
-    limit, hosts = timedelta(seconds=timeout), None
+    backend = "gloo"
     if device == "cuda":
+        backend = "cpu:gloo,cuda:nccl"
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=limit)
-        hosts = dist.new_group(backend="gloo", timeout=limit)
-    else:
-        dist.init_process_group("gloo", timeout=limit)
-    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device), hosts)
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+    return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
 def silent_ranks():

@@ -34,10 +34,10 @@ def saved(folder):
 
 
 def start_from(args, stage):
-    """The checkpoint that a new run starts from; None where --vit and --llm say it all."""
-    pieces = args.vit and args.llm
+    """The checkpoint that a new run starts from; None where --vit and --llm say it all, or for --plan."""
     if args.init:
         return weights.find(args.init)
+    pieces = args.vit and args.llm
     if stage > 1:
         before = stage_folder(args, stage).parent / f"stage{stage - 1}"
         path = saved(before)
@@ -47,15 +47,13 @@ def start_from(args, stage):
             f"{before}: stage {stage} starts from stage {stage - 1}'s output, which is not there; run "
             f"python train.py --stage {stage - 1} first, or name a start with --init"
         )
-    if pieces:
-        return None
     if args.preset in (None, "toy") and not args.vit and not args.llm:
-        if (TOY_START / "model.safetensors").is_file():
+        if saved(TOY_START):
             return TOY_START
         raise BadInput(
             f"{TOY_START}: the toy's backbones are not there; python -m tools.backbones makes them"
         )
-    if args.plan:
+    if pieces or args.plan:
         return None
     raise BadInput(
         f"stage 1 of {args.preset or 'toy'} starts from --vit and --llm, or from --init; "
@@ -63,8 +61,10 @@ def start_from(args, stage):
     )
 
 
-def build(s, say=True):
-    """The model of a run on the CPU, in the files' dtypes, and {part: where it comes from}."""
+def build(s, say=True, plan=False):
+    """The model of a run on the CPU, in the files' dtypes, and {part: where it comes from}.
+
+    For --plan: on the meta device, so without weights, and as if --vit and --llm were the preset's."""
     if s.start and say:
         why = ""
         if s.resumed:
@@ -72,31 +72,42 @@ def build(s, say=True):
         elif s.start == TOY_START:
             why = " (the toy's stand-ins for pretrained backbones)"
         print(f"stage {s.stage} starts from {s.start}{why}")
-    base = weights.load(s.start) if s.start else None
+    base = weights.load(s.start) if s.start and not plan else on_meta(s)
+    origin = s.start or "the preset"
+    origins = dict.fromkeys(models.PARTS, origin)
     if s.resumed:
-        return base, dict.fromkeys(models.PARTS, s.start)
+        return base, origins
     if isinstance(base, iaa.BranchedInfMLLM):
-        return continued_branch(s, base), dict.fromkeys(models.PARTS, s.start)
-    vit = weights.load_vit(s.vit, dtype=None) if s.vit else base.vit
-    llm = weights.load_llama(s.llm, dtype=None) if s.llm else base.llm
-    config = described(s, base.config if base else None, vit.config, llm.config)
+        return continued_branch(s, base), origins
+    origins |= {"vit": s.vit or origin, "llm": s.llm or origin}
+    vit = weights.load_vit(s.vit, dtype=None) if s.vit and not plan else base.vit
+    llm = weights.load_llama(s.llm, dtype=None) if s.llm and not plan else base.llm
+    config = described(s, base.config, vit.config, llm.config)
     vit.resize(config.vit.image_size)
     with torch.device("meta"):
         model = models.InfMLLM(config)
     model.vit, model.llm = vit, llm
-    origins = {"vit": s.vit or s.start, "llm": s.llm or s.start, "adapter": s.start}
-    if base and shapes(base.adapter) == shapes(model.adapter):
+    if (s.start or plan) and shapes(base.adapter) == shapes(model.adapter):
         base.adapter.grid = config.grid
         model.adapter = base.adapter
     else:
         models.init(model.adapter.to_empty(device="cpu"), s.seed)
-        origins["adapter"] = "fresh"
-        if base:
-            origins["adapter"] += f" ({config.adapter}; {s.start} has another)"
+        origins["adapter"] = f"fresh ({config.adapter})"
     if s.tune == "inner":
+        s.branch = s.branch or "mm"
         s.inner_layers = inner_layers(s, llm.config)
         model = iaa.grow(model, s.branch, s.inner_layers)
     return model, origins
+
+
+def on_meta(s):
+    """The model to start from, a checkpoint's or else the preset's, as shapes without weights."""
+    config, branch = models.PRESETS[s.preset](), None
+    if s.start:
+        config, branch = weights.describe(s.start)
+    with torch.device("meta"):
+        model = models.InfMLLM(config)
+    return iaa.grow(model, **branch) if branch else model
 
 
 def shapes(module):
@@ -104,8 +115,7 @@ def shapes(module):
 
 
 def described(s, like, vit, llm):
-    """The Config of a run: `like`, or the preset, with the stage's image size, grid and adapter."""
-    like = like or models.PRESETS[s.preset]()
+    """`like`, the Config of what a run starts from, with the stage's image size, grid and adapter."""
     adapter = s.adapter or like.adapter
     ln_vision = like.ln_vision if adapter == like.adapter else adapter != "mlp"
     try:
@@ -116,39 +126,21 @@ def described(s, like, vit, llm):
         raise BadInput(f"--image-size {s.image_size}, --grid {s.grid}: {e}; take others") from None
 
 
-def build_on_meta(s):
-    """The same for --plan: shapes without weights, from the start's description or the preset."""
-    like, branch = None, None
-    if s.start:
-        like, branch = weights.describe(s.start)
-    like = like or models.PRESETS[s.preset]()
-    with torch.device("meta"):
-        model = models.InfMLLM(described(s, like, like.vit, like.llm))
-        if s.tune == "inner":
-            s.inner_layers = branch["after"] if branch else inner_layers(s, like.llm)
-            fresh = iaa.Branch(like.llm, s.branch, s.inner_layers, model.adapter)
-            model = iaa.compose(model, fresh)
-    origins = {"vit": s.vit, "adapter": None, "llm": s.llm}
-    return model, {part: name or s.start or "the preset" for part, name in origins.items()}
-
-
 def continued_branch(s, model):
     """A branch that was trained before, in another stage."""
-    branch = model.branch
+    branch, c = model.branch, model.config
     if s.tune != "inner":
         raise BadInput(
             f"{s.start}: is a branch, {branch.name}; --tune inner trains it on, --init names another start"
         )
-    if s.vit or s.llm:
-        raise BadInput(f"{s.start}: is a branch and keeps its base; no --vit, no --llm")
-    if s.branch != branch.name:
-        raise BadInput(f"--branch {s.branch}: {s.start} is the branch {branch.name}; name that")
-    if s.inner_layers not in (None, branch.after):
+    other = s.branch not in (None, branch.name) or s.inner_layers not in (None, branch.after)
+    if other or s.vit or s.llm:
         raise BadInput(
-            f"--inner-layers: {s.start} has the branch {branch.name} after {branch.after}; leave it out"
+            f"{s.start}: has the branch {branch.name} after {branch.after}; leave out --branch, "
+            "--inner-layers, --vit and --llm, or name another --init"
         )
-    s.inner_layers = branch.after
-    config = described(s, model.config, model.config.vit, model.config.llm)
+    s.branch, s.inner_layers = branch.name, branch.after
+    config = described(s, c, c.vit, c.llm)
     return model.resize(config.vit.image_size, config.grid)
 
 
@@ -176,18 +168,19 @@ def branch_base(s, model, tokenizer, origins, say=True):
 
 
 def find_tokenizer(s, llm):
-    """The tokenizer that belongs to the LLM: the one named, or the one beside the weights."""
-    places = [s.start] if s.resumed else [s.tokenizer, s.llm, s.start]
-    place = next((place for place in places if place), None)
-    if place is None:
-        raise BadInput(
-            "--tokenizer: none beside the weights; name a sentencepiece model (tokenizer.model)"
-        )
+    """The one named, or the one beside the weights of the LLM."""
+    named = s.tokenizer or s.llm or s.start
+    return open_tokenizer(s.start if s.resumed else named, llm)
+
+
+def open_tokenizer(place, llm):
+    if Path(place).is_dir() and not Path(place, "tokenizer.model").is_file():
+        raise BadInput(f"{place}: has no tokenizer.model; name LLaMA's with --tokenizer")
     tokenizer = Tokenizer(place)
     if tokenizer.size > llm.vocab:
         raise BadInput(
-            f"--tokenizer: has {tokenizer.size} pieces and the LLM {llm.vocab} embeddings; "
-            "take the one that belongs to it"
+            f"{tokenizer.path}: has {tokenizer.size} pieces, more than the {llm.vocab} of the LLM's "
+            "embeddings; take the one that belongs to it with --tokenizer"
         )
     return tokenizer
 
@@ -215,24 +208,15 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
 
     path: the newest of out/ if not given. tokenizer: where the checkpoint brings none. dtype: fp32 or
     bf16. branch: see with_branch."""
-    cuda = torch.cuda.is_available()
-    device = torch.device(device or ("cuda" if cuda else "cpu"))
-    if device.type == "cuda" and not cuda:
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    if device.type == "cuda" and not torch.cuda.is_available():
         raise BadInput(f"--device {device}: torch finds no GPU; use --device cpu")
     dtype = DTYPES[dtype or ("fp32" if device.type == "cpu" else "bf16")]
     path = Path(path or newest())
     if path.name == "model.safetensors":
         path = path.parent
     model, folder = open_checkpoint(path, dtype)
-    if not tokenizer and not (folder / "tokenizer.model").is_file():
-        raise BadInput(f"{folder}: has no tokenizer.model; name LLaMA's with --tokenizer")
-    tokenizer = Tokenizer(tokenizer or folder)
-    vocab = model.config.llm.vocab
-    if tokenizer.size > vocab:
-        raise BadInput(
-            f"{tokenizer.path}: has {tokenizer.size} pieces, more than the {vocab} of {path}; "
-            "name the tokenizer that belongs to the model"
-        )
+    tokenizer = open_tokenizer(tokenizer or folder, model.config.llm)
     if branch:
         model = with_branch(model, branch, dtype)
     return model.to(device).eval(), tokenizer

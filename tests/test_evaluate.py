@@ -184,7 +184,7 @@ def test_answers_are_those_of_sample_py(world, whole):
     )
 
 
-def test_ranks_share_the_work_in_whole_windows(world, tmp_path, monkeypatch):
+def test_ranks_share_the_work_in_whole_batches(world, tmp_path, monkeypatch):
     monkeypatch.setattr(
         sample, "generate", lambda model, tokenizer, images, *_, **__: ["x"] * len(images)
     )
@@ -347,12 +347,21 @@ def test_scores_by_hand():
         row("a small blue cross and a red square", ["a red square and a small blue cross"]),
         row("a dog", ["a red cat", "a dog on a mat"]),
     ]
-    (name, value, count), same = score(captions, "caption")
-    assert (name, count) == ("CIDEr-D", 2) and value == support.metrics.cider(
-        [r["said"] for r in captions], [r["truth"] for r in captions]
-    )[0]
+    cider, same = score(captions, "caption")
+    said, truth = ([r[name] for r in captions] for name in ("said", "truth"))
+    assert cider == ("CIDEr-D", *support.metrics.mean(support.metrics.cider(said, truth)))
     assert same == ("exact, any order", 0.5, 2)
     assert score([row("x")], "vqa")[0][2] == 0, "a test split has no answers, and no score"
+
+
+def test_half_an_overlap_is_a_hit_and_no_box_is_a_miss_that_counts():
+    halves = "<box>(0.00,0.00),(0.02,0.01)</box>"  # of 200 x 100 pixels: 4 x 1
+    boxes = [row(halves, box=[0, 0, wide, 1]) for wide in (2, 1.99, 4)] + [
+        row("no", box=[0, 0, 4, 1])
+    ]
+    hits, overlap, _ = score(boxes, "ground")
+    assert hits == ("Acc@0.5", 2 / 4, 4)
+    assert overlap == ("mean IoU", pytest.approx((0.5 + 1.99 / 4 + 1 + 0) / 4), 4)
 
 
 def test_the_same_things_in_any_order_are_the_same():
@@ -471,7 +480,7 @@ WRONG = [
     (["--limit", "0"], "--limit"),
     (["--batch", "0"], "--batch"),
     (["--data", "nowhere.toml"], "nowhere.toml"),
-    (["--data", "all.toml", "--mme", "x"], "choose one"),
+    (["--data", "all.toml", "--mme", "x"], "not allowed with argument --data"),
     (["--data", "all.toml", "--ckpt", "images"], "images"),
     (["--data", "refs.json"], "refs.json"),
     (["--pope", "nowhere.json"], "nowhere.json"),

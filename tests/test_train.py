@@ -101,7 +101,7 @@ def test_frozen_weights_are_saved_with_the_bits_they_came_with_whatever_the_arit
     for name in after:
         assert (before[name] != after[name]) == trains(name, 1), name
     assert (
-        support.files.read_json(weights.checkpoint.find(here) / "state.json")["settings"]["dtype"]
+        support.files.read_json(weights.checkpoint.find(here) / "config.json")["training"]["dtype"]
         == "bf16"
     )
 
@@ -192,7 +192,6 @@ def test_an_update_is_adamw_with_clipping_and_a_bad_gradient_leaves_everything_a
     reference = torch.optim.AdamW(
         [{"params": [p], "weight_decay": decay} for p, decay in zip(theirs, decays)],
         betas=train.BETAS,
-        eps=train.EPS,
         foreach=False,
     )
 
@@ -212,7 +211,7 @@ def test_an_update_is_adamw_with_clipping_and_a_bad_gradient_leaves_everything_a
             p.grad = g.clone()
         torch.nn.utils.clip_grad_norm_(theirs, train.CLIP)
         for group, peak in zip(reference.param_groups, peaks):
-            group["lr"] = peak * train.learning_rate(s, run.step)
+            group["lr"] = peak * train.share_of_peak(s, run.step)
         reference.step()
         step(grads)
         run.step += 1
@@ -227,7 +226,7 @@ def test_matrices_decay_and_norms_biases_positions_do_not():
     optimizer = train.make_optimizer(model, SimpleNamespace(lr=lr, weight_decay=0.1))
     names = {p: n for n, p in model.named_parameters()}
     decay = {
-        names[p]: (group["peak"], group["weight_decay"])
+        names[p]: (lr[group["part"]], group["weight_decay"])
         for group in optimizer.param_groups
         for p in group["params"]
     }
@@ -243,7 +242,7 @@ def test_matrices_decay_and_norms_biases_positions_do_not():
 
 
 def test_the_learning_rate_rises_linearly_and_falls_as_a_cosine_to_zero():
-    shares = [train.learning_rate(SimpleNamespace(steps=100, warmup=0.1), k) for k in range(100)]
+    shares = [train.share_of_peak(SimpleNamespace(steps=100, warmup=0.1), k) for k in range(100)]
     assert shares[:10] == pytest.approx([(k + 1) / 10 for k in range(10)])
     assert shares[10] == 1 and shares[55] == pytest.approx(0.5) and 0 < shares[99] < 1e-3
 
@@ -381,7 +380,10 @@ def test_ranks_that_were_started_differently_are_refused(world, tmp_path):
             "nowhere/stage1: stage 2 starts from stage 1's output, which is not there",
         ),
         ("--stage 1 --init start --data none.toml", "none.toml: cannot be read"),
-        ("--stage 1 --init start --out start/config.json/x", "--out start/config.json/x: "),
+        (
+            "--stage 1 --init start --out start/config.json/x",
+            "start/config.json/x: Not a directory; mend that",
+        ),
         ("--stage 1 --init start --tokenizer none.model", "none.model: cannot be read"),
         ("--stage 1 --init start --grid 5", "grid 5 is not within the ViT's 4 patches"),
         ("--stage 1 --init start --image-size 18", "image size 18 is no multiple of patch 4"),
