@@ -1,5 +1,6 @@
 """webdataset tars: key.jpg (jpeg, png, webp) beside key.txt, or beside key.json with a `caption`."""
 
+import glob
 import os
 import re
 import tarfile
@@ -13,14 +14,19 @@ from support.errors import BadInput
 
 PICTURES = ("jpg", "jpeg", "png", "webp")
 BLOCK = 512
-PAX = re.compile(r"\d{1,9} (path|size)=([^\n]*)\n")
+PAX = re.compile(r"\d path=(.*)\n")
 
 
 class CaptionShards:
     images = 1
 
     def __init__(self, source):
-        self.tars = source.paths("shards")
+        self.tars = []
+        for pattern in source.paths("shards"):
+            found = sorted(glob.glob(pattern))
+            if not found:
+                source.wrong(f"nothing matches `shards` {pattern}; mend it")
+            self.tars += found
         indexes = [indexed(tar, "tar", scan_tar) for tar in self.tars]
         self.index = np.concatenate(indexes)
         self.tar_of = np.repeat(np.arange(len(self.tars)), [len(index) for index in indexes])
@@ -32,19 +38,14 @@ class CaptionShards:
         header = read_at(tar, max(text, image) - BLOCK, 100)
         key, _ = split_name(header.split(b"\0")[0].decode(errors="replace"))
         where = f"{tar}: {key}"
-        if image < 0:
-            raise BadInput(f"{where}: has a caption but no image; remove it")
-        if text < 0:
-            raise BadInput(f"{where}: has neither .txt nor .json beside it; remove it")
+        if min(image, text) < 0:
+            raise BadInput(f"{where}: lacks its image or its caption (.txt or .json); remove it")
         raw = read_record(tar, text, text_size, where)
         if is_json:
             fields = parse_record(raw, where)
         else:
-            try:
-                fields = {"caption": raw.decode()}
-            except UnicodeDecodeError as e:
-                raise BadInput(f"{where}: its caption is not UTF-8; mend it") from e
-        caption = need(fields, "caption", str, where)
+            fields = {"caption": raw.decode(errors="surrogateescape")}
+        caption = need(fields, "caption", where)
         image_at = (tar, image, image_size)
         return Record(where, [image_at], answers=[caption], fields={"key": key, **fields})
 
@@ -62,37 +63,33 @@ def scan_tar(path):
     Headers alone are read, by tarfile's own TarInfo. Its TarFile keeps an object per member, takes a damaged
     header for the end of the archive, and needs minutes for some that are made to take long."""
     samples = {}
-    extended = {}  # name and size of the next member, where its own header has no room for them
+    long_name = None  # of the next member, where its own header has no room for it
     at, end = 0, os.path.getsize(path)
-    while True:
-        if at + BLOCK > end:
-            raise BadInput(f"{path}: is cut, its end mark is missing; fetch it again")
-        block = read_at(path, at, BLOCK)
-        if not any(block):
-            break
+    while any(block := read_at(path, at, BLOCK)):
+        start = at + BLOCK
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "replace")
-            size = int(extended.get("size", member.size))
+            size = member.size
+            if not 0 <= size <= end - start:
+                raise ValueError(f"a member of {size} bytes")
         except (tarfile.HeaderError, ValueError) as e:
-            raise BadInput(f"{path}: is not a tar at byte {at}; fetch it again") from e
-        start = at + BLOCK
-        if not 0 <= size <= end - start:
-            raise BadInput(f"{path}: ends inside a member (byte {at}); fetch it again")
+            raise BadInput(f"{path}: is no tar, or cut, at byte {at} ({e}); fetch it again") from e
         at = start + -(-size // BLOCK) * BLOCK
         if member.type in (tarfile.GNUTYPE_LONGNAME, tarfile.XHDTYPE):
-            text = read_record(path, start, size, f"{path}: header at byte {start}")
-            text = text.decode(errors="replace")
-            if member.type == tarfile.XHDTYPE:
-                extended.update(PAX.findall(text))
-            else:
-                extended["path"] = text.rstrip("\0")
+            header = read_record(path, start, size, f"{path}: header at byte {start}")
+            text = header.decode(errors="replace")
+            pax_name = PAX.search(text)
+            if member.type == tarfile.GNUTYPE_LONGNAME:
+                long_name = text.rstrip("\0")
+            elif pax_name:
+                long_name = pax_name[1]
             continue
-        key, ending = split_name(extended.get("path", member.name))
+        key, ending = split_name(long_name or member.name)
         if member.isreg() and ending in (*PICTURES, "txt", "json"):
             row = samples.setdefault(key, [-1, -1, -1, -1, 0])
             if ending in PICTURES:
                 row[:2] = start, size
             elif ending == "txt" or row[2] < 0:
                 row[2:] = start, size, ending == "json"
-        extended = {}
+        long_name = None
     return np.array(list(samples.values()), np.int64).reshape(-1, 5)

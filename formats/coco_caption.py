@@ -6,7 +6,6 @@ import numpy as np
 
 from formats.json_index import JsonIndex, match
 from formats.records import Record, need
-from support.errors import BadInput
 
 
 class CocoCaption:
@@ -28,12 +27,9 @@ class CocoCaption:
 
     def read(self, number):
         where = f"{self.path}: caption {number}"
-        owner = self.owner[number]
-        if owner < 0:
-            raise BadInput(f"{where}: no entry of 'images' has its image_id; mend or remove it")
-        image = self.pictures.read(owner, f"{where}, its image")
+        image = self.pictures.read(self.owner[number], f"{where}, its image")
         first, last = self.bounds[number : number + 2]
         captions = [self.captions.read(n, where) for n in self.order[first:last]]
-        answers = [need(fields, "caption", str, where) for fields in captions]
-        file = self.source.image(need(image, "file_name", str, where), where)
+        answers = [need(fields, "caption", where) for fields in captions]
+        file = self.source.image(need(image, "file_name", where), where)
         return Record(where, [file], answers=answers, fields={**image, **captions[0]})

@@ -1,7 +1,7 @@
 """LLaVA's JSON or JSONL: {id, image (none, one or a list), conversations: [{from: human|gpt, value}]}."""
 
 from formats.json_index import JsonIndex
-from formats.records import Record, clean, need
+from formats.records import Record, clean, need, need_list
 from support.errors import BadInput
 
 
@@ -15,11 +15,8 @@ class Conversations:
     def read(self, number):
         where = f"{self.records.path}: record {number}"
         fields = self.records.read(number, where)
-        turns = to_pairs(need(fields, "conversations", list, where), where)
-        names = fields.get("image") or []
-        if isinstance(names, str):
-            names = [names]
-        need({"image": names}, "image", list, where)
+        turns = to_pairs(need_list(fields, "conversations", where), where)
+        names = need_list(fields, "image", where)
         marks = sum(question.count("<image>") for question, _ in turns)
         if marks != len(names):
             raise BadInput(f"{where}: {marks} <image> for {len(names)} images; mend or remove it")
@@ -30,9 +27,7 @@ class Conversations:
 
 def to_pairs(turns, where):
     """[{from, value}, ...] -> [(question, answer), ...]."""
-    if not all(isinstance(turn, dict) for turn in turns):
-        raise BadInput(f"{where}: a turn is no object with 'from' and 'value'; mend or remove it")
-    speakers = [need(turn, "from", str, where) for turn in turns]
+    speakers = [need(turn, "from", where) for turn in turns]
     texts = [clean(turn.get("value"), where) for turn in turns]
     if speakers[:1] != ["human"]:  # as LLaVA does: some begin with half a turn
         del speakers[:1], texts[:1]

@@ -32,7 +32,7 @@ def read_at(path, offset, size):
     if INDEXED.get(path, now) != now:
         raise BadInput(f"{path}: has changed since it was indexed; start again")
     if len(data) < size:
-        raise BadInput(f"{path}: ends before byte {offset + size}; if it has changed, start again")
+        raise BadInput(f"{path}: is cut, it ends before byte {offset + size}; fetch it again")
     return data
 
 

@@ -12,7 +12,6 @@ from support.errors import BadInput
 from support.files import whole
 
 START = re.compile(rb"(\xef\xbb\xbf)?\s*")  # a byte order mark
-MEMBER = re.compile(rb'\s*[{,]\s*"([^"\\]{0,1000})"\s*:\s*')
 OPEN = re.compile(rb"\[\s*(\]?)")
 NEXT = re.compile(rb"\s*([,\]])\s*")
 LINE = re.compile(rb"[^\n]{2,}")  # a single character may be a carriage return
@@ -47,29 +46,12 @@ def elements(raw, at):
             raise ValueError(f"',' or ']' expected at byte {stop}")
 
 
-def find(raw, at, key):
-    """Where the list under `key` begins, in the object that begins at `at`."""
-    while member := MEMBER.match(raw, at):
-        at = member.end()
-        is_list = raw[at : at + 1] == b"["
-        if member[1] == key.encode():
-            if is_list:
-                return at
-            break
-        if is_list:  # passed by element by element, as it may be long
-            stop = at
-            for count, (_, _, stop) in enumerate(elements(raw, at), 1):
-                check_count(count, stop)
-            at = raw.index(b"]", stop) + 1
-        else:
-            _, at = value_at(raw, at)
-    raise ValueError(f"it is not an object with a list '{key}'")
-
-
-def check_count(records, size):
-    """An index takes 32 bytes a record: no file of nothing but brackets may ask for many times its own size."""
-    if records > 2**20 and 8 * records > size:
-        raise ValueError("it has more records than its bytes can hold")
+def find(raw, key):
+    """Where the list under `key` begins: quotes within a text have a backslash, so this is no text."""
+    found = re.search(rb'"%s"\s*:\s*(?=\[)' % key.encode(), raw)
+    if not found:
+        raise ValueError(f"it is not an object with a list '{key}'")
+    return found.end()
 
 
 def id_number(value):
@@ -91,6 +73,8 @@ class JsonIndex:
         self.lengths = stops - self.starts
 
     def read(self, number, where):
+        if number < 0:  # see match
+            raise BadInput(f"{where}: {self.path} has no record of its id; mend or remove it")
         raw = read_record(self.path, self.starts[number], self.lengths[number], where)
         return parse_record(raw, where)
 
@@ -98,26 +82,23 @@ class JsonIndex:
 def scan(path, key, by, tag):
     """Rows (start, stop, tag, images) of the records."""
     raw = whole(path)
-    if raw[:2] in (b"\xff\xfe", b"\xfe\xff"):
-        raise BadInput(f"{path}: is UTF-16; save it as UTF-8")
     rows = array("q")
     try:
-        at = START.match(raw).end()
-        if key:
-            at = find(raw, at, key)
+        at = find(raw, key) if key else START.match(raw).end()
         if raw[at : at + 1] == b"{" and not by:  # unparsed: a million lines take a second
             records = ((None, *line.span()) for line in LINE.finditer(raw, at))
         else:
             records = elements(raw, at)
         for record, start, stop in records:
-            number = 0
-            if by:
-                number = tag(record.get(by) if isinstance(record, dict) else None)
+            number = tag(record.get(by)) if by else 0  # where it is no object: an AttributeError
             rows.extend((start, stop, number, raw.count(b"<image>", start, stop)))
-            check_count(len(rows) // 4, stop)
-    except (ValueError, RecursionError) as e:
+            # 8 bytes a record: no file of nothing but brackets may ask for many times its own size
+            if len(rows) > max(2**22, stop // 2):
+                raise ValueError("it has more records than its bytes can hold")
+    except (ValueError, RecursionError, AttributeError) as e:
         raise BadInput(
-            f"{path}: is not the JSON it should be ({e}); fetch it again or check `format`"
+            f"{path}: is not the JSON in UTF-8 that it should be ({e}); "
+            "fetch it again or check `format`"
         ) from e
     return np.asarray(rows, np.int64).reshape(-1, 4)
 

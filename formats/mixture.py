@@ -1,7 +1,6 @@
 """A mixture of sources, as a TOML file describes it."""
 
 import dataclasses
-import glob
 import os
 import tomllib
 from dataclasses import dataclass
@@ -14,12 +13,12 @@ from formats.vqa import Vqa
 from support.errors import BadInput
 from support.files import reading, whole
 
-FORMATS = {  # name: reader, its tasks (the first if none is named), keys that must be there
-    "caption-shards": (CaptionShards, ["caption"], ["shards"]),
-    "coco-caption": (CocoCaption, ["caption"], ["annotations", "images"]),
-    "vqa": (Vqa, ["vqa"], ["images"]),
-    "refcoco": (RefCoco, ["ground", "region"], ["annotations", "images"]),
-    "conversations": (Conversations, ["chat"], ["annotations"]),
+FORMATS = {  # name: reader, its tasks (the first if none is named)
+    "caption-shards": (CaptionShards, ["caption"]),
+    "coco-caption": (CocoCaption, ["caption"]),
+    "vqa": (Vqa, ["vqa"]),
+    "refcoco": (RefCoco, ["ground", "region"]),
+    "conversations": (Conversations, ["chat"]),
 }
 CROPPED = ("caption", "vqa")  # may see a part of the picture in training, as no box is involved
 
@@ -47,30 +46,22 @@ class Source:
             value = getattr(self, field.name)
             if not isinstance(value, field.type):
                 self.wrong(f"`{field.name}` is {value!r}, of the wrong type; mend it")
-        if not self.name or not self.format:
-            self.wrong("needs a `name` and a `format`; add them")
-        if self.format not in FORMATS:
-            self.wrong(f"format '{self.format}' is none of {', '.join(FORMATS)}; mend it")
-        reader, tasks, keys = FORMATS[self.format]
-        for key in keys:
-            self.option(key)
+        if not self.name or self.format not in FORMATS:
+            self.wrong(
+                f"format '{self.format}': give it a `name` and a `format` of {', '.join(FORMATS)}"
+            )
+        reader, tasks = FORMATS[self.format]
         self.task = self.task or tasks[0]
         if self.task not in tasks:
             self.wrong(
                 f"format '{self.format}' has the task '{tasks[0]}', not '{self.task}'; remove `task`"
             )
-        weight = self.weight
-        if weight is not None and (weight is True or not 0 < weight < 1e9):
-            self.wrong(f"`weight` is {weight!r}, not a number between 0 and 1e9; mend it")
+        if self.weight is not None and not 0 < self.weight < 1e9:
+            self.wrong(f"`weight` is {self.weight}, not a number between 0 and 1e9; mend it")
         if self.crop and self.task not in CROPPED:
             self.wrong(f"task '{self.task}' may not be cropped; remove `crop`")
         if self.crop is None:
             self.crop = self.task in CROPPED
-        if self.images:
-            folder = self.path("images")
-            if not os.path.isdir(folder):
-                self.wrong(f"{folder} is not a folder; mend `images`")
-            self.folder = os.path.realpath(folder)
         self.reader = reader(self)
         self.lengths = self.reader.lengths  # bytes of the text of each sample
         self.images_each = self.reader.images  # a number, or one per sample
@@ -86,45 +77,28 @@ class Source:
     def wrong(self, what):
         raise BadInput(f"{self.toml}: source '{self.name}': {what}")
 
-    def option(self, key):
-        value = getattr(self, key)
-        if not value:
+    def paths(self, key):
+        """The file or files that a key names, relative to the TOML file."""
+        names = getattr(self, key)
+        if not names:
             self.wrong(f"format '{self.format}' needs `{key}`; add it")
-        return value
+        if isinstance(names, str):
+            names = [names]
+        return [os.path.join(os.path.dirname(self.toml), str(name)) for name in names]
 
     def path(self, key):
-        return os.path.join(os.path.dirname(self.toml), self.option(key))
-
-    def paths(self, key):
-        patterns = self.option(key)
-        if isinstance(patterns, str):
-            patterns = [patterns]
-        found = []
-        for pattern in patterns:
-            if not isinstance(pattern, str):
-                self.wrong(f"`{key}` holds {pattern!r}, which is no text; mend it")
-            path = os.path.join(os.path.dirname(self.toml), pattern)
-            files = sorted(glob.glob(path))
-            if not files:
-                self.wrong(f"nothing matches `{key}` {path}; mend it")
-            found += files
-        return found
+        return self.paths(key)[0]
 
     def image(self, name, where):
         """A name in an annotation file as (path, 0, -1). It may not lead out of the folder: a stranger wrote it."""
-        if self.images is None:
-            raise BadInput(f"{where}: names an image; add `images`, its folder, to {self.toml}")
-        if len(name) > 4096:
-            raise BadInput(
-                f"{where}: image {name[:60]!r}... has too long a name for a file; mend it"
-            )
+        folder = os.path.realpath(self.path("images"))
+        follow = os.path.normpath if self.links else os.path.realpath
         with reading(f"{where}: image {name!r}"):
-            path = os.path.normpath(os.path.join(self.folder, name))
-            real = path if self.links else os.path.realpath(path)
-        inside = os.path.join(self.folder, "")
-        if not (path.startswith(inside) and real.startswith(inside)):
+            # no system has longer names, and following links takes long in them
+            path = follow(os.path.join(folder, name[:4096]))
+        if not path.startswith(os.path.join(folder, "")):
             raise BadInput(
-                f"{where}: image {name!r} leads out of {self.folder}; for links set `links = true`"
+                f"{where}: image {name!r} leads out of {folder}; for links set `links = true`"
             )
         return path, 0, -1
 
@@ -137,12 +111,8 @@ def load_mixture(path, train=True):
     except (ValueError, RecursionError) as e:
         raise BadInput(f"{path}: is not valid TOML ({e}); mend it") from e
     tables = content.pop("source", None)
-    if (
-        content
-        or not tables
-        or not isinstance(tables, list)
-        or not all(isinstance(table, dict) for table in tables)
-    ):
+    is_list = isinstance(tables, list) and all(isinstance(table, dict) for table in tables)
+    if content or not tables or not is_list:
         raise BadInput(
             f"{path}: must hold [[source]] tables and nothing else; see the README for one"
         )

@@ -29,14 +29,14 @@ class Peeked:
     """A picture of which the header alone has been read."""
 
     image: Image.Image  # as it is stored
-    turned: int  # its EXIF orientation, 1 to 8
+    turned: int  # its EXIF orientation, 1 to 8 where it has one
     where: str  # for messages
 
     @property
     def size(self):
         """(width, height) as the photographer held it."""
         width, height = self.image.size
-        return (height, width) if self.turned >= 5 else (width, height)
+        return (height, width) if self.turned in range(5, 9) else (width, height)
 
 
 @contextmanager
@@ -47,26 +47,24 @@ def pillow(where):
     except BadInput:
         raise
     except Exception as e:
-        why = " ".join((getattr(e, "strerror", None) or str(e) or type(e).__name__).split())
         raise BadInput(
-            f"{where}: cannot be read as an image ({why}); fetch it again or leave it out"
+            f"{where}: cannot be read as an image ({type(e).__name__}: {e}); "
+            "fetch it again or leave it out"
         ) from e
 
 
 def peek(ref, where=""):
     """(path, offset, size), size -1 for a whole file -> Peeked."""
-    path, offset, size = ref
-    if size < 0:
-        where = f"{where}: image {path}"
+    file, offset, size = ref
+    if size >= 0:
+        file = io.BytesIO(read_at(file, offset, size))
+    else:
+        where = f"{where}: image {file}"
+        if not os.path.isfile(file):
+            raise BadInput(f"{where}: is no file; mend the record, or `images` of its source")
     with pillow(where):
-        if size >= 0:
-            file = io.BytesIO(read_at(path, offset, size))
-        elif os.path.isfile(path):
-            file = path
-        else:
-            raise BadInput(f"{where}: is no file; mend or remove the record")
         image = Image.open(file, formats=KINDS)
-        plain = image.mode in PLAIN and "transparency" not in image.info
+        plain = image.mode in PLAIN and not image.has_transparency_data
         most = PIXELS if plain else PIXELS // 4
         if image.width * image.height > most:
             raise BadInput(f"{where}: has over {most} pixels; shrink it")
@@ -74,14 +72,13 @@ def peek(ref, where=""):
 
 
 def orientation(image):
-    """How a picture was held, 1 to 8 as EXIF has it."""
+    """How a picture was held, as EXIF has it: 1 to 8, or whatever a camera wrote."""
     if image.format == "PNG" and "exif" not in image.info:
         return 1  # Pillow would decode the whole picture to look behind it
     try:
-        turned = image.getexif().get(ORIENTATION)
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:
         return 1  # a broken EXIF block is common, and the picture is fine
-    return turned if turned in range(1, 9) else 1
 
 
 def upright(peeked, need=None):
@@ -92,12 +89,12 @@ def upright(peeked, need=None):
     with pillow(peeked.where):
         if need and image.format == "JPEG":
             image.draft(None, (2 * need, 2 * need))
-        if peeked.turned > 1:
+        if peeked.turned in range(2, 9):
             image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # Pillow's own conversion would clip to white
             pixels = np.asarray(image).astype(np.int64) >> 8
             image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
-        elif image.mode in ("RGBA", "LA", "PA", "La", "RGBa") or "transparency" in image.info:
+        elif image.has_transparency_data:
             image = image.convert("RGBA")
             white = Image.new("RGBA", image.size, "white")
             image = Image.alpha_composite(white, image)
@@ -141,19 +138,20 @@ def random_region(size, rng):
 
 def fractions(box, size, where):
     """A pixel box of an annotation, checked, as fractions of its image. A pixel beyond the edge is rounding."""
-    finite = [v for v in box if type(v) in (int, float) and abs(v) < 1e9]  # NaN is not < 1e9
-    if not len(box) == len(finite) == 4:
-        raise BadInput(f"{where}: bbox {box} is not four finite numbers; mend or remove it")
-    x1, y1, x2, y2 = box
     w, h = size
-    if not (x1 < x2 and y1 < y2):
-        raise BadInput(f"{where}: bbox {box} is degenerate; it must be [x1, y1, x2, y2]")
-    if not (-1 <= x1 < w and -1 <= y1 < h and 0 < x2 <= w + 1 and 0 < y2 <= h + 1):
-        raise BadInput(
-            f"{where}: bbox {box} is outside its {w} x {h} image; mend it ([x1, y1, x2, y2] in pixels)"
-        )
     sides = (w, h, w, h)
-    return tuple((np.clip(box, 0, sides) / sides).tolist())
+    try:
+        inside = np.clip(box, 0, sides)
+        x1, y1, x2, y2 = inside
+        sound = x1 < x2 and y1 < y2 and abs(inside - box).max() <= 1  # NaN is in no order
+    except (TypeError, ValueError):  # not four, or not numbers
+        sound = False
+    if not sound:
+        raise BadInput(
+            f"{where}: bbox {box} is not [x1, y1, x2, y2] in pixels of its {w} x {h} image; "
+            "mend or remove it"
+        )
+    return tuple((inside / sides).tolist())
 
 
 def move_box(box, region):

@@ -6,8 +6,6 @@ from formats.files import LONGEST
 from support.errors import BadInput
 from text.templates import HERE
 
-KINDS = {str: "text", list: "a list", int: "a number"}
-
 
 @dataclass
 class Record:
@@ -27,27 +25,32 @@ class Record:
     prompt: str = ""  # the full template, of the first turn
 
 
-def need(fields, key, kind, where):
-    """fields[key], which must be a `kind`."""
-    value = fields.get(key)
-    if not isinstance(value, kind) or isinstance(value, bool):
-        found = type(value).__name__ if key in fields else "missing"
-        raise BadInput(f"{where}: '{key}' is {found} but must be {KINDS[kind]}; mend or remove it")
-    if kind is not str:
-        return value
-    if not value.strip():
-        raise BadInput(f"{where}: '{key}' is empty; fill it or remove the record")
-    return clean(value, where)
+def need(fields, key, where):
+    """fields[key], which must be text."""
+    if not isinstance(fields, dict):
+        fields = {}
+    text = clean(fields.get(key, ""), f"{where}: '{key}'")
+    if not text.strip():
+        raise BadInput(f"{where}: '{key}' is missing or empty; fill it or remove the record")
+    return text
+
+
+def need_list(fields, key, where):
+    """fields[key] as a list: one text may stand alone, and what is missing is empty."""
+    value = fields.get(key) or []
+    if isinstance(value, str):
+        value = [value]
+    if not isinstance(value, list):
+        raise BadInput(f"{where}: '{key}' is {type(value).__name__} and no list; mend or remove it")
+    return value
 
 
 def clean(text, where):
     """Text that can be encoded, and cannot be taken for a placeholder."""
-    if not isinstance(text, str):
-        raise BadInput(f"{where}: holds {type(text).__name__} where text is due; mend it")
     try:
-        text.encode()
-    except UnicodeEncodeError as e:
-        raise BadInput(f"{where}: holds half a character (a surrogate); mend it") from e
+        str.encode(text)
+    except (TypeError, UnicodeEncodeError) as e:
+        raise BadInput(f"{where}: is no text in UTF-8 ({e}); mend it") from e
     if len(text) > LONGEST // 8:
         raise BadInput(f"{where}: holds a text of {len(text)} characters; shorten it")
     if HERE in text:

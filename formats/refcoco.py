@@ -3,8 +3,7 @@
 import numpy as np
 
 from formats.json_index import JsonIndex
-from formats.records import Record, need
-from support.errors import BadInput
+from formats.records import Record, need, need_list
 
 
 def count(sentences):
@@ -26,14 +25,11 @@ class RefCoco:
         where = f"{self.records.path}: sample {number}"
         record = self.ends.searchsorted(number, "right")
         fields = self.records.read(record, where)
-        sentences = need(fields, "sentences", list, where)
+        sentences = need_list(fields, "sentences", where)
         which = number - self.ends[record]  # counted from the last, -1
-        if not sentences or not isinstance(sentences[which], dict):
-            raise BadInput(
-                f"{where}: its 'sentences' are no list of objects with 'sent'; mend or remove it"
-            )
-        fields |= sentences[which]
-        phrase = need(fields, "sent", str, where)
-        image = self.source.image(need(fields, "img_name", str, where), where)
-        box = tuple(need(fields, "bbox", list, where))
+        sentence = sentences[which] if sentences else None
+        phrase = need(sentence, "sent", where)
+        fields |= sentence
+        image = self.source.image(need(fields, "img_name", where), where)
+        box = tuple(need_list(fields, "bbox", where))
         return Record(where, [image], phrase, [phrase], box, fields=fields)

@@ -3,7 +3,7 @@
 import re
 
 from formats.json_index import JsonIndex, match
-from formats.records import Record, clean, need
+from formats.records import Record, clean, need, need_list
 from support.errors import BadInput
 from support.files import whole
 
@@ -30,19 +30,11 @@ class Vqa:
     def read(self, number):
         where = f"{self.records.path}: record {number}"
         fields = self.records.read(number, where)
-        question = need(fields, "question", str, where)
+        question = need(fields, "question", where)
         image = self.source.image(self.picture(fields, where), where)
         if self.answers:
-            answer = self.answer_of[number]
-            if answer < 0:
-                raise BadInput(
-                    f"{where}: {self.answers.path} has no answer to its question_id; remove it"
-                )
-            fields |= self.answers.read(answer, f"{where}, its answers")
-        answers = fields.get("answers", fields.get("answer", []))
-        if isinstance(answers, str):
-            answers = [answers]
-        need({"answers": answers}, "answers", list, where)
+            fields |= self.answers.read(self.answer_of[number], f"{where}, its answers")
+        answers = need_list(fields, "answers" if "answers" in fields else "answer", where)
         answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
         answers = [clean(answer, where).strip() for answer in answers]
         if self.source.train and not answers:
@@ -51,11 +43,10 @@ class Vqa:
 
     def picture(self, fields, where):
         if not self.image_name:
-            return need(fields, "image", str, where)
-        number = need(fields, "image_id", int, where)
+            return need(fields, "image", where)
         try:
-            return self.image_name.format(number)
-        except (ValueError, LookupError) as e:
+            return self.image_name.format(fields.get("image_id"))
+        except (ValueError, LookupError, TypeError) as e:
             raise BadInput(
                 f"{where}: image_name {self.image_name!r} does not take its image_id ({e}); mend it"
             ) from e

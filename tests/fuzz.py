@@ -502,9 +502,9 @@ class Weights:
         elif self.kind == "llama" or zlib.crc32(content) % 4 == 0:
             weights.llama.load_llama(self.path)
         else:  # a tensor instead of all, for speed
-            file = weights.files.Pickled(self.path / name)
-            if file.shapes:
-                file.read(next(iter(file.shapes)))
+            file = weights.files.TensorFile(self.path / name)
+            if file.like:
+                file.read(next(iter(file.like))).clone()
 
 
 READERS = (

@@ -125,9 +125,6 @@ def test_a_list_that_is_not_asked_for_is_passed_by_in_bounded_memory(tmp_path):
         "coco-caption",
         b'{"info":[' + b"[]," * (4 * MB) + b'[]],"images":[],"annotations":[]}',
     )
-    assert "more records than its bytes can hold" in bounded(lambda: everything(tmp_path))
-    world_of = b'{"info":[' + b"[]," * 1000 + b'[]],"images":[],"annotations":[]}'
-    (tmp_path / "f.json").write_bytes(world_of)
     assert "has no records" in bounded(lambda: everything(tmp_path))
 
 
@@ -140,7 +137,7 @@ def test_a_tar_whose_headers_are_made_to_take_long_takes_no_longer(tmp_path):
     assert "has no records" in bounded(lambda: everything(tmp_path))
     header.type, header.size = tarfile.REGTYPE, -1024
     (tmp_path / "t.tar").write_bytes(bytes(header.tobuf(tarfile.GNU_FORMAT)) * 9 + bytes(10240))
-    assert "ends inside a member" in bounded(lambda: everything(tmp_path))
+    assert "is no tar, or cut, at byte 0" in bounded(lambda: everything(tmp_path))
 
 
 def test_a_conversation_of_a_hundred_thousand_turns_is_cut_and_one_of_as_many_pictures_refused(
@@ -223,7 +220,7 @@ def test_no_file_of_weights_and_no_index_runs_code(tmp_path, monkeypatch):
     for name, how in attacks.items():
         torch.save({"x": torch.ones(2), "y": Attack(marker)}, tmp_path / name, **how)
         with pytest.raises(BadInput, match="refused|cannot be read"):
-            weights.files.Pickled(tmp_path / name)
+            weights.files.load_tensors(tmp_path / name)
         with pytest.raises(BadInput):
             support.start.load_model(tmp_path / name, tiny.TOKENIZER, device="cpu")
     assert not marker.exists()
@@ -262,7 +259,7 @@ def test_names_in_tars_and_json_reach_nothing_outside(tmp_path, monkeypatch):
         try:
             record = source.read(number)
         except BadInput as e:
-            assert "has a caption but no image" in str(e)
+            assert "lacks its image or its caption" in str(e)
             continue
         assert record.refs[0][0].endswith("t.tar"), "a picture of a tar lies in the tar"
     assert not any("secret" in name for name in read)

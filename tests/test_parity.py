@@ -5,11 +5,11 @@ import pytest
 import torch
 import transformers
 
-import weights.eva
 import weights.llama
 import weights.llava
+import weights.rename
 import weights.towers
-from model import IMAGE
+from model import IMAGE, ViT
 
 ROPE = {
     "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 4.0},
@@ -128,8 +128,10 @@ def test_an_eva_file_gives_what_blip2_gives(tmp_path):
         state | extra | {"head.weight": torch.ones(3, 48), "norm.bias": torch.ones(48)},
         tmp_path / "eva.pth",
     )
-    config = weights.eva.blip2_config(theirs.config.to_dict(), "a BLIP-2 tower")
-    ours = weights.towers.load_vit(tmp_path / "eva.pth", config=config)
+    config = weights.towers.vit_config(theirs.config.to_dict(), "a BLIP-2 tower")
+    table = weights.towers.vit_table(weights.towers.EVA, config)
+    ours = weights.rename.on_meta(ViT, config)
+    weights.rename.fill(ours, tmp_path / "eva.pth", table, torch.float32)
     again = weights.towers.load_vit(oracle.folder(theirs, tmp_path / "blip2"))
     for (name, a), (_, b) in zip(ours.named_parameters(), again.named_parameters()):
         assert torch.equal(a, b), name

@@ -1,5 +1,6 @@
 """The rename tables against the real layouts, on the meta device; and weights of the released InfMLLM's kind."""
 
+import json
 import subprocess
 import sys
 
@@ -17,12 +18,11 @@ from transformers import (
     LlavaForConditionalGeneration,
 )
 
-import weights.clip
-import weights.eva
 import weights.infmllm
 import weights.llama
 import weights.llava
 import weights.rename
+import weights.towers
 from model import EVA_G, IMAGE, PRESETS, Config, InfMLLM, Llama, ViT, ViTConfig, count, init
 from model import LlamaConfig as OurLlamaConfig
 from support.errors import BadInput
@@ -124,7 +124,8 @@ def llama_published(config):
 def places(shapes, table, model):
     """{their key: our names}, where every key is known, every tensor of ours filled, and every shape right."""
     matched = weights.rename.match(shapes, table)
-    assert not list(weights.rename.faults(matched, shapes, dict(model.named_parameters())))
+    theirs = {key: torch.empty(shape, device="meta") for key, shape in shapes.items()}
+    assert not list(weights.rename.faults(matched, theirs, dict(model.named_parameters())))
     return matched
 
 
@@ -160,8 +161,9 @@ def test_every_tensor_of_clip_finds_its_place_with_and_without_its_text_half():
         "text_model.embeddings.position_ids": (1, 77),
     }
     alone = shapes_of(lambda: CLIPVisionModel(hf_config(oracle.CLIPVisionConfig, CLIP_L_336)))
-    ours = weights.rename.on_meta(ViT, c := weights.clip.clip_config(CLIP_L_336, "config"))
-    table = weights.clip.clip_table(c)
+    c = weights.towers.vit_config(CLIP_L_336 | {"model_type": "clip_vision_model"}, "config")
+    ours = weights.rename.on_meta(ViT, c)
+    table = weights.towers.vit_table(weights.towers.TRANSFORMERS, c)
     for shapes in (whole, alone, {"vision_model." + k: s for k, s in alone.items()}):
         plan = places(shapes, table, ours)
         assert used(plan, shapes) == count(ours) == count(InfMLLM_on_meta("llava-7b").vit)
@@ -189,7 +191,7 @@ def test_every_tensor_of_llava_finds_its_place(prefix):
 
     shapes = {published(k): s for k, s in shapes.items()}
     c = Config(
-        weights.clip.clip_config(LLAVA_VISION, ""),
+        weights.towers.vit_config(LLAVA_VISION, ""),
         weights.llama.llama_config(LLAVA_TEXT, ""),
         adapter="mlp",
         ln_vision=False,
@@ -211,7 +213,7 @@ def test_every_tensor_of_eva_g_and_of_the_released_infmllm_finds_its_place():
         "head.bias": (1000,),
     }
     ours = weights.rename.on_meta(ViT, c := ViTConfig(224, **EVA_G))
-    plan = places(shapes, weights.eva.eva_table(c), ours)
+    plan = places(shapes, weights.towers.vit_table(weights.towers.EVA, c), ours)
     assert dropped(plan) == {k for k in shapes if k.startswith(("blocks.39.", "norm.", "head."))}
     assert used(plan, shapes) == count(ours)
 
@@ -258,7 +260,7 @@ TINY = dict(vit=ViTConfig(64, 8, 24, 2, 3, 40), llm=OurLlamaConfig(40, 32, 2, 4,
 
 
 def theirs_of(table, model):
-    """{their key: our names for its blocks of rows}: a table's lines, written out for a model."""
+    """{their key: our names for its blocks of rows}: a table's first line for each tensor, written out for a model."""
     keys, ours = {}, dict(model.named_parameters())
     for theirs, names in table.items():
         names = names if isinstance(names, tuple) else (names,)
@@ -266,7 +268,7 @@ def theirs_of(table, model):
             for leaf in ("weight", "bias"):
                 values = (number, leaf) if "{}." in theirs else (leaf,)
                 filled = [name and name.format(*values) for name in names]
-                if any(name in ours for name in filled):
+                if [name for name in filled if ours.pop(name, None) is not None]:
                     keys[theirs.format(*values)] = filled
     return keys
 
@@ -359,16 +361,19 @@ def test_a_pickle_that_would_run_code_is_refused(tmp_path):
     assert not (tmp_path / "marker").exists()
 
 
-def test_configs_that_are_not_llama_are_refused():
+def test_configs_that_are_not_llama_are_refused(tmp_path):
     for harm in (
         dict(model_type="mistral"),
         dict(attention_bias=True),
         dict(head_dim=64),
         dict(hidden_act="gelu"),
-        dict(rope_scaling={"type": "yarn", "factor": 4.0}),
     ):
         with pytest.raises(BadInput, match="not LLaMA"):
             weights.llama.llama_config(LLAMA2_7B | harm, "config.json")
+    yarn = dict(rope_scaling={"type": "yarn", "factor": 4.0})
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA2_7B | yarn))
+    with pytest.raises(BadInput, match="rope scaling 'yarn' is not one of"):
+        weights.llama.load_llama(tmp_path)
 
 
 def test_images_placeholder_is_not_a_token_id():

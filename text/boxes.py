@@ -31,6 +31,6 @@ def parse_box_released(text):
     """What the released code reads, its unescaped dots and misreadings included: for figures beside the paper's."""
     found = re.search(r"(0.\d+),(0.\d+).*(0.\d+),(0.\d+)", text)
     try:
-        return tuple(map(float, found.groups())) if found else None
-    except ValueError:
+        return tuple(map(float, found.groups()))
+    except (AttributeError, ValueError):  # nothing found, or no numbers
         return None

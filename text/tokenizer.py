@@ -28,7 +28,6 @@ class Tokenizer:
                 f"{self.path}: is not a sentencepiece model with BOS and EOS; name LLaMA's tokenizer.model"
             ) from e
         self.pad = self.model.unk_id()
-        self.special = (self.bos, self.eos, self.pad)
         self.stops = (self.eos,)  # the ids that end an answer
         self.size = len(self.model)
 
@@ -37,9 +36,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of the ids; placeholders, special ids and those beyond the vocabulary say nothing."""
-        return self.model.decode(
-            [int(i) for i in ids if 0 <= i < self.size and i not in self.special]
-        )
+        special = (self.bos, self.eos, self.pad)
+        return self.model.decode([int(i) for i in ids if 0 <= i < self.size and i not in special])
 
 
 def encode_prompt(tokenizer, text, visual, bos=True):

@@ -8,7 +8,7 @@
 The checkpoint of a branch (iaa.py) holds the branch's tensors alone and names its base: load() brings
 both, and add_branch(model, dir) composes the base of a model with another branch.
 
-Each family has a module with a table of names (see rename.py), a reader of its config.json and a loader.
+Each family has a table of names (see rename.py), a reader of its config.json and a loader.
 No file is unpickled but by torch.load(weights_only=True), which builds tensors and nothing else.
 """
 
@@ -20,7 +20,6 @@ from weights.checkpoint import (
     load,
     read_checked,
     save,
-    verify,
 )
 from weights.files import load_tensors
 from weights.iaa import IAA_INNER, LLAMA_3, load_iaa

@@ -47,8 +47,8 @@ def save(path, model, tokenizer=None, training=None, optimizer=None, state=None,
         branch = model.branch
         described["branch"] = {"name": branch.name, "after": branch.after}
         described["base"] = {"path": os.path.relpath(base, path), "weights": fingerprint(base)}
-        tensors = {ours: tensors[name] for name, ours in names_in_branch(model).items()}
-    mend(path)
+        own = {p: f"{BRANCHES}{branch.name}.{name}" for name, p in branch.named_parameters()}
+        tensors = {own[p]: tensors[name] for name, p in model.named_parameters() if p in own}
     old = Path(f"{path}.old")
     new = Path(f"{path}.new")
     shutil.rmtree(new, ignore_errors=True)
@@ -65,27 +65,12 @@ def save(path, model, tokenizer=None, training=None, optimizer=None, state=None,
     write_json(new / "checksums.json", sums)
     for file in (*new.iterdir(), new):
         sync(file)
-    if path.exists():
+    if path.exists():  # else an interrupted save may have left the old one set aside
+        shutil.rmtree(old, ignore_errors=True)
         path.rename(old)
     new.rename(path)
     sync(path.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def names_in_branch(model):
-    """{name of a parameter in the composed model: its name on disk} of what is the branch's own."""
-    branch = model.branch
-    own = {p: f"{BRANCHES}{branch.name}.{name}" for name, p in branch.named_parameters()}
-    return {name: own[p] for name, p in model.named_parameters() if p in own}
-
-
-def mend(path):
-    """Undo what an interrupted save left: the old checkpoint, set aside for a moment, comes back."""
-    old = Path(f"{path}.old")
-    if path.exists():
-        shutil.rmtree(old, ignore_errors=True)
-    elif old.exists():
-        old.rename(path)
 
 
 def write_json(path, value):
@@ -110,8 +95,8 @@ def sync(path):
 def find(path):
     """The directory that a name stands for: itself, the one set aside by an interrupted save, or its newest step-*."""
     path = Path(path)
-    steps = sorted(p for p in path.glob("step-*") if p.name[5:].isdigit())
-    for folder in (path, Path(f"{path}.old"), *reversed(steps)):
+    steps = sorted(path.glob("step-*[0-9]"), reverse=True)
+    for folder in (path, Path(f"{path}.old"), *steps):
         if (folder / "config.json").is_file():
             return folder
     raise BadInput(
@@ -123,15 +108,11 @@ def verify(path, *names):
     """Sizes and checksums as they were when it was written: of every file, or of those named."""
     sums = read_json(path / "checksums.json")
     for name in names or {"config.json", "model.safetensors", *sums}:
-        if name not in sums:
+        file = path / Path(name).name  # nothing outside the folder
+        if not os.path.isfile(file) or checksum(file) != sums.get(name):
             raise BadInput(
-                f"{path / 'checksums.json'}: does not list {name}; take another checkpoint"
-            )
-        file = path / name
-        inside = Path(name).name == name and os.path.isfile(file)
-        if not inside or checksum(file) != sums[name]:
-            raise BadInput(
-                f"{file}: is not what was written (its size or checksum differs); take another checkpoint"
+                f"{file}: is not what was written (its size or checksum differs from checksums.json); "
+                "take another checkpoint"
             )
 
 
@@ -151,12 +132,8 @@ def describe(path):
     path = find(path)
     verify(path)
     described = read_json(path / "config.json")
-    if described.get("format") not in (1, FORMAT):
-        raise BadInput(
-            f"{path / 'config.json'}: format {described.get('format')!r}, and this program reads {FORMAT}; "
-            "use the version that wrote it"
-        )
     with understood(path):
+        assert described["format"] in (1, FORMAT), "use the version that wrote it"
         model = described["model"]
         branch = described.get("branch")
         for name, after in model["llm"].pop("branches", {}).items():  # where FORMAT 1 has it
@@ -175,7 +152,7 @@ def load(path, image_size=None, dtype=None):
     else:
         config, _ = describe(path)
         model = on_meta(InfMLLM, config)
-        fill(model, path / "model.safetensors", OLD_NAMES | {"*": "{}"}, dtype)
+        fill(model, path / "model.safetensors", OLD_NAMES, dtype)
         model.fingerprint = fingerprint(path)
     if image_size:
         model.resize(image_size)

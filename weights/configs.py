@@ -26,9 +26,9 @@ def understood(path):
     except BadInput:
         raise
     except Exception as e:  # whatever a reader stumbles over in a stranger's values
-        why = f"{type(e).__name__}: {str(e)[:100]}"
         raise BadInput(
-            f"{path}: its config.json describes no model known here ({why}); take another"
+            f"{path}: its config.json describes no model known here "
+            f"({type(e).__name__}: {str(e)[:100]}); take another"
         ) from None
 
 
@@ -56,6 +56,10 @@ def renamed(d, names):
     return {ours: d[theirs] for theirs, ours in names.items() if d.get(theirs) is not None}
 
 
-def unlike(d, expected):
-    """What a config.json asks for that is built here otherwise."""
-    return [f"{key}={d[key]!r}" for key, only in expected.items() if d.get(key) not in (None, only)]
+def insist(d, expected, path, family):
+    """Refuse what a config.json asks for and is built here otherwise."""
+    others = [
+        f"{key}={d[key]!r}" for key, only in expected.items() if d.get(key) not in (None, only)
+    ]
+    if others:
+        raise BadInput(f"{path}: {', '.join(others)} is not {family} as built here; take another")

@@ -1,119 +1,69 @@
-"""Files of tensors: safetensors and torch's own.
+"""Files of tensors: safetensors and torch's own."""
 
-A file is opened anew for each tensor: pages of a mapped file count as our memory until it is closed.
-"""
-
-import os
+import zipfile
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from support.errors import BadInput
-from support.files import read_json, reading
 
-NUMBERS = ("F16", "BF16", "F32", "F64")
 WRAPPERS = ("model_state_dict", "state_dict", "model")  # keys that others save a state dict under
+NAMES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytorch_model-*.bin")
 
 
-class Safetensors:
-    def __init__(self, path):
-        self.path = path
-        self.shapes = {}
-        try:
-            with safe_open(path, "pt") as f:
-                for key in f.keys():
-                    tensor = f.get_slice(key)
-                    self.shapes[key] = tensor.get_shape()
-                    kind = tensor.get_dtype()
-                    if kind not in NUMBERS:
-                        raise ValueError(f"{key} of {kind}, where {', '.join(NUMBERS)} are known")
-        except (SafetensorError, OSError, ValueError) as e:
-            raise BadInput(unreadable(path, e)) from None
+class TensorFile:
+    """The tensors of a file, one at a time.
 
-    def read(self, key):
-        with safe_open(self.path, "pt") as f:
-            return f.get_tensor(key)
-
-
-class Pickled:
-    """.bin, .pth, .pt through weights_only=True, which builds tensors and refuses anything that would run.
-
-    The newer kind, a zip, is mapped; an older file has to be read whole.
+    A mapped file is opened anew for each: the pages that were read count as our memory until it is closed.
     """
 
     def __init__(self, path):
         self.path = path
-        with reading(path), open(path, "rb") as f:
-            self.is_zip = f.read(2) == b"PK"
-        self.state = self.load()
-        self.shapes = {key: tensor.shape for key, tensor in self.state.items()}
-        if self.is_zip:
-            self.state = None
+        self.kept = load_tensors(path)
+        self.like = {name: tensor.to("meta") for name, tensor in self.kept.items()}
+        if is_mapped(path):
+            self.kept = None
 
-    def load(self):
-        try:
-            state = torch.load(self.path, "cpu", weights_only=True, mmap=self.is_zip)
-        except Exception as e:  # whatever torch stumbles over in a broken file
-            if "nsupported" in str(e) or "weights_only" in str(e).lower():
-                raise BadInput(
-                    f"{self.path}: holds more than tensors and was refused, as reading it could run code; "
-                    "have its author save a plain state dict"
-                ) from None
-            raise BadInput(unreadable(self.path, e)) from None
+    def read(self, name):
+        tensors = self.kept or load_tensors(self.path)
+        return tensors[name]
+
+
+def is_mapped(path):
+    """Whether loading reads nothing yet; torch's older files, which are no zip, are read whole."""
+    return path.suffix == ".safetensors" or zipfile.is_zipfile(path)
+
+
+def load_tensors(path):
+    """{name: tensor} of a file. weights_only=True builds tensors and refuses anything that would run."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, "cpu", weights_only=True, mmap=is_mapped(path))
         for wrapper in WRAPPERS:
-            if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-                state = state[wrapper]
-        if not isinstance(state, dict) or not all(map(torch.is_tensor, state.values())):
-            raise BadInput(
-                f"{self.path}: is not a state dict (names with their tensors); save one with torch.save"
-            )
-        return {str(key).removeprefix("module."): tensor for key, tensor in state.items()}
-
-    def read(self, key):
-        state = self.load() if self.is_zip else self.state
-        return state[key]
-
-
-def unreadable(path, e):
-    first = str(e).strip().partition("\n")[0][:160]
-    return f"{path}: cannot be read as weights ({first or type(e).__name__}); download or copy it again"
+            state = state.get(wrapper, state)
+        return {name.removeprefix("module."): tensor.detach() for name, tensor in state.items()}
+    except Exception as e:  # whatever the libraries stumble over in a broken file
+        why = f"{type(e).__name__}: {str(e)[:160]}"
+        if "nsupported" in str(e) or "weights_only" in str(e).lower():
+            why = "it holds more than tensors and was refused, as reading it could run code"
+        raise BadInput(
+            f"{path}: cannot be read as weights ({why}); "
+            "take a plain state dict, names with their tensors, or copy it again"
+        ) from None
 
 
 def weight_files(path):
-    """All files of tensors of a folder (sharded with an index, or single) or the one file that was named."""
+    """All files of tensors of a folder, sharded or single, or the one file that was named."""
     path = Path(path)
     if path.is_file():
-        return [open_weights(path)]
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        index = path / f"{name}.index.json"
-        if index.is_file():
-            return [open_weights(path / shard) for shard in shards(index)]
-        if (path / name).is_file():
-            return [open_weights(path / name)]
-    raise BadInput(
-        f"{path}: no model.safetensors, no pytorch_model.bin and no index of shards; "
-        "name the folder that holds the weights"
-    )
-
-
-def open_weights(path):
-    return Safetensors(path) if path.suffix == ".safetensors" else Pickled(path)
-
-
-def shards(index):
-    """The names of the files beside it that an index lists."""
-    listed = read_json(index).get("weight_map")
-    if not isinstance(listed, dict):
-        raise BadInput(f"{index}: has no weight_map; download it again")
-    names = {str(name) for name in listed.values()}
-    for name in names:
-        if Path(name).name != name or not os.path.isfile(index.parent / name):
-            raise BadInput(
-                f"{index}: names the shard {name[:80]!r}, which is not in the folder; download it again"
-            )
-    return sorted(names)
+        return [path]
+    for name in NAMES:
+        files = sorted(path.glob(name))
+        if files:
+            return files
+    raise BadInput(f"{path}: no {', no '.join(NAMES)}; name the folder that holds the weights")
 
 
 def save_tensors(tensors, path):
@@ -123,8 +73,3 @@ def save_tensors(tensors, path):
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     save_file(tensors, path, metadata={"format": "pt"})
     path.chmod(rights)
-
-
-def load_tensors(path):
-    file = Safetensors(path)
-    return {key: file.read(key) for key in file.shapes}

@@ -8,10 +8,10 @@ from torch import nn
 from iaa import compose
 from model import CLIP_L, Config, InfMLLM, ViTConfig
 from weights.checkpoint import new_branch
-from weights.clip import tower_table
 from weights.configs import read_config, understood
 from weights.llama import LLAMA, llama_config, llama_table
 from weights.rename import fill, on_meta, prefixed
+from weights.towers import TRANSFORMERS, vit_table
 
 # the layers of the base that a layer of a branch follows
 IAA_INNER = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
@@ -20,8 +20,9 @@ LLAMA_3 = "the released IAA is prompted with LLaMA-3's tokenizer, which this pro
 
 
 def iaa_table(c):
-    vit = prefixed(tower_table(c.vit), "model.vision_tower.vision_tower.vision_model.", "base.vit.")
-    table = vit | prefixed(llama_table(c.llm), "", "base.llm.")
+    vit = vit_table(TRANSFORMERS, c.vit)
+    table = prefixed(vit, "model.vision_tower.vision_tower.", "base.vit.")
+    table |= prefixed(llama_table(c.llm), "", "base.llm.")
     layers = {theirs: ours for theirs, ours in LLAMA.items() if ".layers." in theirs}
     for name, (end, projector) in ENDINGS.items():
         inner = f".condition_layers{end}."
@@ -38,10 +39,10 @@ def iaa_table(c):
     return table
 
 
-def iaa_config(d, what):
+def iaa_config(d, path):
     """Its config.json tells of the language model alone."""
     vit = ViTConfig(**CLIP_L)
-    llm = llama_config(d | {"model_type": "llama"}, what)
+    llm = llama_config(d | {"model_type": "llama"}, path)
     return Config(vit, llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>")
 
 

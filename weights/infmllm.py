@@ -3,9 +3,9 @@
 import torch
 
 from model import InfMLLM
-from weights.eva import eva_table
 from weights.llama import llama_table
 from weights.rename import fill, on_meta, prefixed
+from weights.towers import EVA, vit_table
 
 ADAPTER = {
     "ln_vision.{}": "adapter.norm.{}",
@@ -15,7 +15,7 @@ ADAPTER = {
 
 
 def infmllm_table(c):
-    vit = prefixed(eva_table(c.vit), "visual_encoder.", "vit.")
+    vit = prefixed(vit_table(EVA, c.vit), "visual_encoder.", "vit.")
     llm = prefixed(llama_table(c.llm), "lm_model.", "llm.")
     return vit | llm | ADAPTER
 

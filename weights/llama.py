@@ -6,8 +6,7 @@ from pathlib import Path
 import torch
 
 from model import Llama, LlamaConfig
-from support.errors import BadInput
-from weights.configs import read_config, renamed, unlike
+from weights.configs import insist, read_config, renamed
 from weights.files import save_tensors
 from weights.rename import fill, match, on_meta
 
@@ -49,23 +48,12 @@ def llama_table(config):
     return LLAMA
 
 
-def llama_config(d, what):
-    values = DEFAULTS | renamed(d, FIELDS)
-    values.setdefault("kv_heads", values.get("heads", LlamaConfig.heads))
+def llama_config(d, path):
     rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
-    values |= renamed(rope, {"rope_theta": "theta"})
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default":
-        scaling = {k: v for k, v in rope.items() if k not in ("rope_theta", "type")}
-        values["rope"] = scaling | {"rope_type": kind}
-    config = LlamaConfig(**values)
-    refused = unlike(d, ONLY | {"head_dim": config.width // config.heads})
-    if kind not in ("default", "linear", "llama3"):
-        refused.append(f"rope scaling {kind!r}")
-    if refused:
-        raise BadInput(
-            f"{what}: {', '.join(refused)} is not LLaMA as built here; take LLaMA or Vicuna"
-        )
+    values = DEFAULTS | renamed(d, FIELDS) | renamed(rope, {"rope_theta": "theta"})
+    values.setdefault("kv_heads", values.get("heads", LlamaConfig.heads))
+    config = LlamaConfig(rope=rope, **values)
+    insist(d, ONLY | {"head_dim": config.width // config.heads}, path, "LLaMA")
     return config
 
 

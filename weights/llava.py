@@ -3,11 +3,10 @@
 import torch
 
 from model import Config, InfMLLM
-from support.errors import BadInput
-from weights.clip import clip_config, tower_table
-from weights.configs import read_config, unlike
+from weights.configs import insist, read_config
 from weights.llama import llama_config, llama_table
 from weights.rename import fill, on_meta, prefixed
+from weights.towers import TRANSFORMERS, vit_config, vit_table
 
 ONLY = {
     "model_type": "llava",
@@ -15,25 +14,22 @@ ONLY = {
     "vision_feature_select_strategy": "default",
     "projector_hidden_act": "gelu",
 }
+PROJECTOR = {
+    "multi_modal_projector.linear_1.{}": "adapter.fc1.{}",
+    "multi_modal_projector.linear_2.{}": "adapter.fc2.{}",
+}
 
 
 def llava_table(c):
-    tower = tower_table(c.vit)
-    return (
-        prefixed(llama_table(c.llm), "language_model.", "llm.")
-        | {"multi_modal_projector.linear_1.{}": "adapter.fc1.{}"}
-        | {"multi_modal_projector.linear_2.{}": "adapter.fc2.{}"}
-        | prefixed(tower, "vision_tower.vision_model.", "vit.")  # the published files
-        | prefixed(tower, "vision_tower.", "vit.")  # transformers 5
-    )
+    llm = prefixed(llama_table(c.llm), "language_model.", "llm.")
+    vit = prefixed(vit_table(TRANSFORMERS, c.vit), "vision_tower.", "vit.")
+    return vit | llm | PROJECTOR
 
 
-def llava_config(d, what):
-    refused = unlike(d, ONLY)
-    if refused:
-        raise BadInput(f"{what}: {', '.join(refused)} is not LLaVA-1.5; take a LLaVA-1.5 folder")
-    vit = clip_config(d.get("vision_config", {}), what)
-    llm = llama_config(d.get("text_config", {}), what)
+def llava_config(d, path):
+    insist(d, ONLY, path, "LLaVA-1.5")
+    vit = vit_config(d.get("vision_config", {}), path)
+    llm = llama_config(d.get("text_config", {}), path)
     return Config(vit, llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>")
 
 

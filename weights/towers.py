@@ -1,38 +1,109 @@
-"""A vision tower, whatever it is."""
+"""Vision towers: CLIP as LLaVA reads it, EVA-CLIP's ViT-g, and the same in transformers' BLIP-2.
 
-from dataclasses import replace
+To add one, write its names into a table, and what its config.json leaves out into TOWERS.
+"""
+
 from pathlib import Path
 
 import torch
 
-from model import EVA_G, ViT, ViTConfig
+from model import CLIP_L, EVA_G, ViT, ViTConfig
 from support.errors import BadInput
-from support.files import read_json
-from weights.clip import clip_config, clip_table
-from weights.configs import read_config
-from weights.eva import blip2_config, blip2_table, eva_table
-from weights.rename import fill, on_meta
+from weights.configs import read_config, renamed
+from weights.rename import fill, on_meta, prefixed
 
-TOWERS = {  # model_type in config.json
-    "clip": (clip_config, clip_table),
-    "clip_vision_model": (clip_config, clip_table),
-    "blip_2_vision_model": (blip2_config, blip2_table),
+QKV = ("blocks.{}.q.weight", "blocks.{}.k.weight", "blocks.{}.v.weight")
+EVA = {  # eva_vit_g.pth and the visual_encoder of InfMLLM_7B
+    "cls_token": "cls",
+    "pos_embed": "positions",
+    "patch_embed.proj.{}": "patch_embed.{}",
+    "blocks.{}.norm1.{}": "blocks.{}.norm1.{}",
+    "blocks.{}.attn.qkv.weight": QKV,
+    "blocks.{}.attn.q_bias": "blocks.{}.q.bias",
+    "blocks.{}.attn.v_bias": "blocks.{}.v.bias",
+    "blocks.{}.attn.proj.{}": "blocks.{}.proj.{}",
+    "blocks.{}.norm2.{}": "blocks.{}.norm2.{}",
+    "blocks.{}.mlp.fc1.{}": "blocks.{}.fc1.{}",
+    "blocks.{}.mlp.fc2.{}": "blocks.{}.fc2.{}",
+    "norm.*": None,
+    "fc_norm.*": None,
+    "head.*": None,  # what EVA was trained with and BLIP-2 leaves out
+}
+ALONE = {  # a tower in transformers
+    "embeddings.class_embedding": "cls",
+    "embeddings.patch_embedding.{}": "patch_embed.{}",
+    "embeddings.position_ids": None,
+    "encoder.layers.{}.layer_norm1.{}": "blocks.{}.norm1.{}",
+    "encoder.layers.{}.layer_norm2.{}": "blocks.{}.norm2.{}",
+    "encoder.layers.{}.mlp.fc1.{}": "blocks.{}.fc1.{}",
+    "encoder.layers.{}.mlp.fc2.{}": "blocks.{}.fc2.{}",
+    "post_layernorm.*": None,
+    # CLIP's
+    "embeddings.position_embedding.weight": "positions",
+    "pre_layrnorm.{}": "pre_norm.{}",  # their spelling
+    "encoder.layers.{}.self_attn.k_proj.bias": None,  # cancels in the softmax
+    "encoder.layers.{}.self_attn.q_proj.{}": "blocks.{}.q.{}",
+    "encoder.layers.{}.self_attn.k_proj.{}": "blocks.{}.k.{}",
+    "encoder.layers.{}.self_attn.v_proj.{}": "blocks.{}.v.{}",
+    "encoder.layers.{}.self_attn.out_proj.{}": "blocks.{}.proj.{}",
+    # BLIP-2's
+    "embeddings.position_embedding": "positions",
+    "encoder.layers.{}.self_attn.qkv.weight": QKV,
+    "encoder.layers.{}.self_attn.qkv.bias": ("blocks.{}.q.bias", None, "blocks.{}.v.bias"),
+    "encoder.layers.{}.self_attn.projection.{}": "blocks.{}.proj.{}",
+}
+CLIP_TEXT = {
+    "text_*": None,
+    "visual_projection.weight": None,
+    "logit_scale": None,
+}
+# under the names of several versions, or a whole CLIP, whose text half is dropped
+TRANSFORMERS = prefixed(ALONE, "vision_model.") | ALONE | CLIP_TEXT
+
+FIELDS = {
+    "image_size": "image_size",
+    "patch_size": "patch",
+    "hidden_size": "width",
+    "num_hidden_layers": "layers",
+    "num_attention_heads": "heads",
+    "intermediate_size": "mlp",
+    "hidden_act": "act",
+    "layer_norm_eps": "eps",
+}
+CLIP = CLIP_L | dict(image_size=224, patch=32, width=768, layers=12, heads=12, mlp=3072)
+TOWERS = {  # model_type: what its config.json may leave out, how many blocks at its end do not run
+    "clip": (CLIP, 1),  # LLaVA reads hidden state -2
+    "clip_vision_model": (CLIP, 1),
+    "blip_2_vision_model": (dict(image_size=224, **EVA_G), 0),
 }
 
 
-def load_vit(path, image_size=None, dtype=torch.float32, config=None):
-    """eva_vit_g.pth, or a folder of one of TOWERS; config: of another EVA."""
+def vit_table(names, config):
+    """The block behind those that run is dropped: CLIP's last, and block 39 of eva_vit_g.pth."""
+    return {f"*.{config.layers}.*": None} | names
+
+
+def vit_config(d, path):
+    kind = d.get("model_type")
+    if kind not in TOWERS:
+        raise BadInput(
+            f"{path}: model_type {kind!r} is no vision tower known here; take CLIP or EVA"
+        )
+    defaults, unused = TOWERS[kind]
+    values = defaults | renamed(d.get("vision_config", d), FIELDS)
+    values["layers"] -= unused
+    return ViTConfig(**values)
+
+
+def load_vit(path, image_size=None, dtype=torch.float32):
+    """eva_vit_g.pth, or a folder of one of TOWERS."""
     if Path(path).is_dir():
-        kind = str(read_json(Path(path) / "config.json").get("model_type"))
-        if kind not in TOWERS:
-            raise BadInput(
-                f"{path}: model_type {kind!r} is no vision tower known here; take CLIP, EVA or BLIP-2's"
-            )
-        make_config, make_table = TOWERS[kind]
-        config = read_config(path, make_config)
+        config = read_config(path, vit_config)
+        names = TRANSFORMERS
     else:
-        make_table = eva_table
-        config = config or ViTConfig(224, **EVA_G)
+        config = ViTConfig(224, **EVA_G)
+        names = EVA
+    vit = fill(on_meta(ViT, config), path, vit_table(names, config), dtype)
     if image_size:
-        config = replace(config, image_size=image_size)
-    return fill(on_meta(ViT, config), path, make_table(config), dtype)
+        vit.resize(image_size)
+    return vit
