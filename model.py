@@ -92,7 +92,10 @@ class Config:
             self.vit = ViTConfig(**self.vit)
         if isinstance(self.llm, dict):
             self.llm = LlamaConfig(**self.llm)
-        assert self.adapter in ADAPTERS, f"adapter is {', '.join(ADAPTERS)}, not {self.adapter}"
+        assert self.adapter in ADAPTERS, (
+            f"adapter is {', '.join(ADAPTERS)}, not {self.adapter}; "
+            f"name your own with --adapter FILE.py:{self.adapter}"
+        )
         if self.adapter == "mlp":
             self.grid = self.vit.side
         assert 1 <= self.grid <= self.vit.side, (

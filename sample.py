@@ -36,7 +36,7 @@ from support.commands import Parser, amount, natural, number, positive, run
 from support.drawing import NAMED, check_target, draw_boxes, sheet
 from support.errors import BadInput
 from support.processes import on_signals
-from support.start import DTYPES, load_model
+from support.start import DTYPES, adapter_kind, load_model
 from text import encode_prompt
 from text.boxes import format_box, parse_box
 from text.templates import MARK, TASKS, chat_turn, prompt
@@ -361,6 +361,7 @@ def model_flags(description):
     flag = parser.flag
     flag("--ckpt", str, "our folder, a LLaVA-1.5 folder or InfMLLM's file; default: newest of out/")
     flag("--branch", str, "what sees pictures: a branch's folder or its name; none: the base")
+    flag("--adapter", adapter_kind, "FILE.py:CLASS, where the model has an adapter of your own")
     flag("--tokenizer", str, "sentencepiece model, where the checkpoint brings none")
     flag("--device", str, "cpu or cuda; default: cuda where there is one")
     flag("--dtype", DTYPES, "of weights and compute; default: bf16 on cuda, fp32 on cpu")

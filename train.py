@@ -36,12 +36,12 @@ import model as models
 import sample
 import toy
 import weights
-from adapter import ADAPTERS, pool_path
+from adapter import pool_path
 from data import BUCKET, Data, collate
 from formats import load_mixture
 from model import PARTS, TUNE
 from support import start
-from support.commands import Parser, number
+from support.commands import Parser, amount, natural, number, positive
 from support.errors import BadInput, complain
 from support.log import Log, measured_time, peak_memory, plot, stage_table
 from support.metrics import iou
@@ -240,9 +240,7 @@ def peak_rates(table, stage, tune, given):
     return {part: given.get(part, given.get("", rates[part])) for part in trained}
 
 
-# what a flag may be
-positive, natural = number(int, 1), number(int, 0)
-amount, share = number(float, 0), number(float, 0, 1)
+share = number(float, 0, 1)
 
 
 def rates(text):
@@ -265,16 +263,7 @@ def gpus(text):
 
 def flags():
     p = Parser(__doc__)
-
-    def flag(name, kind, help):
-        """kind: bool, the values that there are, or what reads the value"""
-        if kind is bool:
-            p.add_argument(name, action=argparse.BooleanOptionalAction, help=help)
-        elif callable(kind):
-            p.add_argument(name, type=kind, help=help)
-        else:
-            p.add_argument(name, choices=kind, help=help)
-
+    flag = p.flag
     flag("--stage", ("1", "2", "3", "all"), "which row of the table; all: the three in a row")
     flag("--preset", models.PRESETS, "architecture and table; default: --init's, or toy")
     flag("--data", str, "mixture of training data, a TOML file; default: the toy world in out/toy")
@@ -307,7 +296,12 @@ def flags():
         "with --tune inner: after which layers one of its own runs (0,1,5,6); default: all, "
         "of 32 those of IAA",
     )
-    flag("--adapter", ADAPTERS, "kind of adapter; another than --init's starts fresh")
+    flag(
+        "--adapter",
+        start.adapter_kind,
+        "pool, mlp, resampler, or FILE.py:CLASS, a class of your own (docs/FORK.md); another than "
+        "--init's starts fresh",
+    )
     flag("--recompute", bool, "activation checkpointing: less memory, a third more work")
     flag("--seed", natural, "of the batches and of fresh weights; default 0")
     flag("--device", ("cpu", "cuda"), "default: cuda where there is one")

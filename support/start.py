@@ -3,6 +3,8 @@
 `args` are train.py's flags, and `s` the train.Settings that were made of them.
 """
 
+import argparse
+import importlib.util
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 import iaa
 import model as models
 import weights
+from adapter import ADAPTERS
 from support.errors import BadInput
 from support.files import read_json
 from text import Tokenizer
@@ -108,6 +111,25 @@ def on_meta(s):
     with torch.device("meta"):
         model = models.InfMLLM(config)
     return iaa.grow(model, **branch) if branch else model
+
+
+def adapter_kind(text):
+    """An argparse type: a name in ADAPTERS, or FILE.py:CLASS, which gets a name there: that of the class."""
+    path, own, name = text.rpartition(":")
+    if own:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, path)
+        if spec is None or not Path(path).is_file():
+            raise argparse.ArgumentTypeError(f"{path} is no file of Python")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        if not hasattr(module, name):
+            raise argparse.ArgumentTypeError(f"{path} has no class {name}")
+        ADAPTERS[name] = getattr(module, name)
+    if name not in ADAPTERS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is none of {', '.join(ADAPTERS)}, FILE.py:CLASS"
+        )
+    return name
 
 
 def shapes(module):
