@@ -1,4 +1,7 @@
-"""Commands and public functions give the values that tests/golden holds; see tests/golden/run.py."""
+"""Commands and public functions give the values that tests/golden holds; see tests/golden/run.py.
+
+The variants of stages 1 and 2 that stage 3 has as well are left to `python tests/golden/run.py`: a minute less.
+"""
 
 import importlib.util
 from pathlib import Path
@@ -21,7 +24,10 @@ def runs(tmp_path_factory):
         yield golden.Runs(folder)
 
 
-@pytest.mark.parametrize("case", golden.CASES)
+BY_HAND = ("stage1-accum", "stage1-2ranks", "stage1-4ranks", "stage2-4ranks")
+
+
+@pytest.mark.parametrize("case", [case for case in golden.CASES if case not in BY_HAND])
 def test_nothing_has_changed(case, runs):
     wrong = golden.check(case, runs)
     assert wrong is None, wrong
