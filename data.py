@@ -52,7 +52,7 @@ def to_turns(record, task, answer, image_mark, views):
         return [(SYSTEM + question, answer)] + turns[1:]
     if task == "caption":
         return [(prompt(task), plain(answer, " "))]
-    if task == "vqa":
+    if record.box is None:
         return [(prompt(task, record.text), answer)]
     [(picture, region)] = views
     box = move_box(fractions(record.box, picture.size, record.where), region)

@@ -979,5 +979,18 @@ def main(argv=None):
     return 0
 
 
+def fork():
+    """The last line of a fork's own file: `python -m examples.lora train FLAGS`, or sample, or evaluate."""
+    name, *argv = sys.argv[1:] or [""]
+    if name == "train":
+        code = main(argv)
+    elif name in ("sample", "evaluate"):
+        script = sample if name == "sample" else evaluate
+        code = sample.run(lambda: script.main(argv))
+    else:
+        code = complain(BadInput("name train, sample or evaluate, then its flags"))
+    sys.exit(code)
+
+
 if __name__ == "__main__":
     sys.exit(main())

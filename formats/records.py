@@ -1,6 +1,6 @@
 """What a reader returns, and checks of what it has read."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from formats.files import LONGEST
 from support.errors import BadInput
@@ -15,7 +15,9 @@ class Record:
     answers: list = ()  # what people answered: references; of a conversation, one per turn
     box: tuple | None = None  # x1, y1, x2, y2 in pixels of the image
     turns: list = ()  # conversations: (question, answer) each, <image> where an image stands
-    fields: dict = ()  # the record as it lies on disk: question_id, image_id, type, whatever else
+    fields: dict = field(
+        default_factory=dict
+    )  # the record as it lies on disk: question_id, image_id, type, whatever else
     # what Data.samples adds; there, turns are (prompt, answer) of any task
     source: str = ""
     task: str = ""

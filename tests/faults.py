@@ -1,21 +1,20 @@
 """Faults made on purpose: the moves that test_faults.py makes a few times and test_chaos.py many times.
 
-train.main runs in a process forked from one that has imported torch already (tiny.start): the program as a user runs
-it, without two seconds of imports a time. Only what happens during the imports is left out, and has tests of its own.
+train.main runs in this process, or in one that is forked from a server that has imported torch (tiny.start): the
+program as a user runs it, without two seconds of imports a time. What happens during the imports has tests of its own.
 """
 
-import errno
-import fcntl
 import os
 import pty
 import select
 import shutil
 import signal
-import struct
 import subprocess
 import sys
+import tempfile
 import termios
 import time
+import traceback
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -30,87 +29,82 @@ import train
 import weights.checkpoint
 import weights.files
 from support.errors import BadInput
+from text.tokenizer import Tokenizer
 
-FAST = ["--workers", "0", "--batch", "8", "--log-every", "1", "--eval-every", "0"]
-RUN = ["--steps", "160", "--save-every", "1"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny.world(tmp_path_factory.mktemp("world"))
-
-
-@pytest.fixture
-def here(world, monkeypatch, tmp_path):
-    """A folder for runs; the world is the current one."""
-    monkeypatch.chdir(world)
-    monkeypatch.setattr(train, "plot", lambda folder: None)
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+FAST = "--workers 0 --batch 8 --log-every 1 --eval-every 0".split()
 
 
 def flags(world, stage, *more):
-    return [
-        str(a)
-        for a in (
-            "--stage",
-            stage,
-            "--init",
-            world / "start",
-            "--data",
-            world / f"out/toy/stage{stage}.toml",
-            *FAST,
-            *more,
-        )
-    ]
+    data = world / f"out/toy/stage{stage}.toml"
+    argv = "--stage", stage, "--init", world / "start", "--data", data, *FAST, *more
+    return [str(a) for a in argv]
 
 
-def run(*argv):
-    return train.main([str(a) for a in argv])
+def run(world, stage, *more):
+    return train.main(flags(world, stage, *more))
 
 
-def contents(folder):
-    return {
-        name: (folder / name).read_bytes()
-        for name in ("model.safetensors", "optimizer.safetensors")
-    }
+def one_sentence(capsys, code, *names):
+    """A program that has refused: exit code 2, one line that holds these names, no traceback."""
+    err = capsys.readouterr().err
+    assert code == 2 and err.count("\n") == 1 and len(err) < 1500, (code, err)
+    assert "Traceback" not in err
+    for name in names:
+        assert str(name) in err, err
 
 
-def straight(world, folder, stage, *more):
-    """What a run that nobody disturbs leaves: (its last checkpoint's bytes, its losses)."""
-    assert run(*flags(world, stage, *more, "--out", folder)) == 0
-    return contents(weights.checkpoint.find(folder)), tiny.losses(folder)
+def left(out):
+    """What a run leaves: names of its files, bytes of the last checkpoint, losses."""
+    names = sorted(p.name for p in out.iterdir())
+    last = weights.checkpoint.find(out)
+    tensors = [(last / f"{n}.safetensors").read_bytes() for n in ("model", "optimizer")]
+    return names, tensors, tiny.losses(out)
+
+
+def straight(world, out, stage, *more):
+    """What a run leaves that nobody disturbs."""
+    assert run(world, stage, *more, "--out", out) == 0
+    return left(out)
 
 
 def logged(out):
     return max((r["step"] for r in support.log.records(out)), default=0)
 
 
-def one_sentence(capsys, code, *names):
-    """A program that has refused: exit code 2, one line that holds these names, no traceback."""
-    err = capsys.readouterr().err
-    assert code == 2 and err.count("\n") == 1 and "Traceback" not in err and len(err) < 1500, (
-        code,
-        err,
-    )
-    for name in names:
-        assert str(name) in err, err
-    return err
+def finite(out):
+    """All checkpoints of a run are whole and hold finite weights alone."""
+    for folder in out.glob("step-*"):
+        weights.checkpoint.verify(folder)
+        for name, t in weights.files.load_tensors(folder / "model.safetensors").items():
+            assert t.isfinite().all(), name
+
+
+def changed(folder, change):
+    """A checkpoint to start from, whose weights change(name, weight) has changed."""
+    model = tiny.model()
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            change(name, p)
+    weights.checkpoint.save(folder, model, Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
+    return folder
+
+
+def poisoned(folder, name, value):
+    """One that holds a NaN or an infinity."""
+    return changed(folder, lambda n, p: p.view(-1)[-1].fill_(value) if n == name else None)
 
 
 def wait_for(condition, seconds=120):
     until = time.monotonic() + seconds
     while time.monotonic() < until:
-        try:
+        with suppress(OSError, ValueError, IndexError):  # not there yet, or half written
             if found := condition():
                 return found
-        except (OSError, ValueError):
-            pass  # not there yet, or half written
         time.sleep(0.002)
     raise AssertionError("waited in vain")
+
+
+# ---- processes -------------------------------------------------------------------------------------------------------
 
 
 def children(pid):
@@ -120,31 +114,29 @@ def children(pid):
 
 
 def alive(pid):
-    try:
+    with suppress(OSError):
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except OSError:
-        return False
+    return False
 
 
-# ---- killed and stopped ----------------------------------------------------------------------------------------------
+@contextmanager
+def beside(do):
+    """do() in a forked process, which is killed at the end of the block; -> its number"""
+    pid = os.fork()
+    if pid == 0:
+        do()
+        os._exit(0)
+    try:
+        yield pid
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
 
 
-def aim(process, out, rng, way):
-    """Return at the moment to strike: a checkpoint is being written, or steps have been done, or just any time."""
-    old, goal, until = (
-        halves(out),
-        logged(out) + rng.randint(1, 3),
-        time.monotonic() + rng.uniform(0, 0.5),
-    )
-    strike = {
-        "write": lambda: halves(out) - old,
-        "step": lambda: logged(out) >= goal,
-        "time": lambda: time.monotonic() > until,
-    }[way]
-    while process.is_alive() and not strike():
-        time.sleep(0.0005)
-    if way == "step":
-        time.sleep(rng.uniform(0, 0.03))
+def catches(pid, number):
+    """Whether a process has a handler for this signal."""
+    mask = Path(f"/proc/{pid}/status").read_text().split("SigCgt:")[1].split()[0]
+    return int(mask, 16) >> (number - 1) & 1
 
 
 def halves(out):
@@ -154,75 +146,88 @@ def halves(out):
     return set()
 
 
-def begun(process, folder):
-    return not process.is_alive() or (folder / "begun").read_text() == str(process.pid)
+def aim(process, out, rng, moment):
+    """Return when it is time to strike: while a checkpoint is written, after some steps, or at any time."""
+    old = halves(out)
+    goal = logged(out) + rng.randint(1, 3)
+    until = time.monotonic() + rng.uniform(0, 0.5)
+    strike = {
+        "write": lambda: halves(out) - old,
+        "step": lambda: logged(out) >= goal,
+        "time": lambda: time.monotonic() > until,
+    }
+    while process.is_alive() and not strike[moment]():
+        time.sleep(0.0005)
+    if moment == "step":
+        time.sleep(rng.uniform(0, 0.03))
 
 
-def killed(world, folder, stage, kills, rng, *more, ways=("write", "step", "write", "time")):
-    """A run that is killed so often and goes on with --resume. -> (its folder, kills that hit a write)"""
-    out, done, writing = folder / "killed", 0, 0
-    while True:
-        before = halves(out)
-        (process,) = tiny.start(
-            folder, *flags(world, stage, *more, "--out", out, "--resume"), slow=0.05
-        )
-        wait_for(lambda: begun(process, folder))  # noqa: B023
-        if done < kills:
-            aim(process, out, rng, ways[done % len(ways)])
-        else:
-            process.join()
-        helpers = children(process.pid)
-        process.kill()
-        process.join()
-        wait_for(lambda: not any(map(alive, helpers)))  # noqa: B023  loader processes leave, too
-        if process.exitcode != -signal.SIGKILL:
-            break
-        done, writing = done + 1, writing + bool(halves(out) - before)
-    assert process.exitcode == 0 and done == kills, (
-        process.exitcode,
-        done,
-        tiny.said(folder)[-3000:],
-    )
-    return out, writing
+def struck(world, out, stage, times, rng, strike, *more):
+    """A run that is struck so often and goes on with --resume to its end; yields its exit codes."""
+    for n in range(times):
+        argv = flags(world, stage, *more, "--out", out, "--resume")
+        (process,) = tiny.start(out.parent, *argv, slow=0.05)
+        wait_for(lambda: catches(process.pid, signal.SIGTERM))  # noqa: B023
+        aim(process, out, rng, ("write", "step", "write", "time")[n % 4])
+        loaders = children(process.pid)
+        strike(process)
+        process.join(120)
+        wait_for(lambda: not any(map(alive, loaders)))  # noqa: B023
+        yield process.exitcode
+    assert run(world, stage, *more, "--out", out, "--resume") == 0
 
 
-def stopped(world, folder, stage, times, rng, *more):
-    """The same with SIGTERM and SIGINT, to the process or to its loader too, as a terminal and a scheduler do it."""
-    out, codes = folder / "stopped", []
-    while len(codes) < times:
-        (process,) = tiny.start(
-            folder, *flags(world, stage, *more, "--out", out, "--resume"), slow=0.05
-        )
-        wait_for(lambda: begun(process, folder))  # noqa: B023
-        aim(process, out, rng, rng.choice(("write", "step", "time", "time")))
+def killed(world, out, stage, times, rng, *more):
+    """-> how many of the kills hit the writing of a checkpoint"""
+    writing, before = 0, set()
+    for code in struck(world, out, stage, times, rng, lambda process: process.kill(), *more):
+        assert code == -signal.SIGKILL, "the run was over before it had been killed so often"
+        now = halves(out)
+        writing += bool(now - before)
+        before = now
+    return writing
+
+
+def stopped(world, out, stage, times, rng, *more):
+    """SIGTERM or SIGINT, to the loaders too or not, as schedulers and terminals do it. -> exit codes"""
+
+    def strike(process):
         number = rng.choice((signal.SIGTERM, signal.SIGINT))
-        for pid in (process.pid, *(children(process.pid) if rng.random() < 0.5 else ())):
+        loaders = children(process.pid) if rng.random() < 0.5 else ()
+        for pid in (process.pid, *loaders):
             with suppress(ProcessLookupError):
                 os.kill(pid, number)
-        process.join(120)
-        said = (folder / "said.txt").read_text()
-        assert process.exitcode in (0, 130) and "Traceback" not in said, (
-            process.exitcode,
-            said[-3000:],
-        )
-        codes.append(process.exitcode)
-        steps = [int(p.name[5:]) for p in out.glob("step-*")]
-        assert max(steps, default=0) >= logged(out), "steps were done and not saved"
-        assert max(steps, default=0) < int(more[1]), (
-            "the run was over before it had been stopped so often"
-        )
-    assert run(*flags(world, stage, *more, "--out", out, "--resume")) == 0
-    return out, codes
+
+    codes = []
+    for code in struck(world, out, stage, times, rng, strike, *more):
+        codes.append(code)
+        said = tiny.said(out.parent)
+        assert code in (0, 130) and "Traceback" not in said, said[-3000:]
+        assert said.count(": stopped") + said.count("stopped at") == len(codes), said[-3000:]
+        saved = max((int(p.name[5:]) for p in out.glob("step-*")), default=0)
+        assert saved >= logged(out), "steps were done and not saved"
+    return codes
 
 
-def clean(out, keep=2):
-    """Nothing is left beside the log and the newest checkpoints."""
-    left = sorted(p.name for p in out.iterdir())
-    assert (
-        left[0] == "log.jsonl"
-        and len(left) == 1 + keep
-        and all(n.startswith("step-") and n[5:].isdigit() for n in left[1:])
-    ), left
+def lose_a_rank(world, out, number, victim, rng, *more):
+    """Two ranks, of which one is killed or stopped at some step: the other names it and ends with 2."""
+    place = Path(tempfile.mkdtemp(dir=out.parent))
+    timeout = 600 if number == signal.SIGKILL else 6  # a killed one is noticed at once
+    settings = "--steps", 60, "--save-every", 2, "--timeout", timeout, "--resume", "--out", out
+    ranks = tiny.start(place, *flags(world, 3, *settings, *more), world=2, slow=0.02)
+    goal = logged(out) + rng.randint(3, 6)
+    wait_for(lambda: logged(out) >= goal)
+    time.sleep(rng.uniform(0, 0.1))
+    os.kill(ranks[victim].pid, number)
+    other = ranks[1 - victim]
+    other.join(120)
+    for p in ranks:
+        p.kill()
+        p.join()
+    said = tiny.said(place)
+    assert other.exitcode == 2 and "Traceback" not in said, (other.exitcode, said[-3000:])
+    assert f"rank {1 - victim}: no answer from rank {victim} (" in said, said
+    assert "training with --resume" in said
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
@@ -232,11 +237,9 @@ def clean(out, keep=2):
 def disk(folder, size):
     """A file system of so many bytes at `folder`. Skips the test where mounting is not allowed."""
     folder.mkdir(exist_ok=True)
-    made = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True
-    )
-    if made.returncode:
-        pytest.skip(f"mounting a small disk is not allowed here: {made.stderr.decode()}")
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder]
+    if subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("mounting a small disk is not allowed here")
     try:
         yield lambda options: subprocess.run(
             ["mount", "-o", f"remount,{options}", folder], check=True
@@ -245,199 +248,146 @@ def disk(folder, size):
         subprocess.run(["umount", "-l", folder], check=True)
 
 
-def damages(folder, percents, flips, rng):
-    """Damage a checkpoint in one way after another: yields (file, what) with the damage in place, and mends it."""
-    files = sorted(p for p in folder.iterdir())
-    ways = [(f, "cut", percent) for f in files for percent in percents]
-    sizes = [f.stat().st_size for f in files]
-    ways += [
-        (f, "flip", rng.randrange(8 * f.stat().st_size))
-        for f in rng.choices(files, sizes, k=flips * 3 // 4)
-    ]
-    ways += [
-        (f, "flip", rng.randrange(8 * f.stat().st_size))
-        for f in rng.choices(files, k=flips - flips * 3 // 4)
-    ]
-    for file, way, where in ways:
+def filled(world, folder, capsys, size, whole, *more):
+    """A run on a disk of that size, which goes on where there is room. -> whether the disk was full"""
+    with disk(folder, size) as change:
+        out = folder / "o"
+        code = run(world, 1, *more, "--out", out)
+        if code:
+            one_sentence(capsys, code, out)
+            finite(out)
+            change("size=9m")
+            assert run(world, 1, *more, "--out", out, "--resume") == 0
+        assert left(out) == whole, size
+    return bool(code)
+
+
+def damaged(folder, percents, flips, rng):
+    """One file after another is cut, has a bit flipped, is gone; yields the file while it is so, and mends it."""
+    for file in sorted(folder.iterdir()):
         good = file.read_bytes()
-        bad = bytearray(good[: len(good) * where // 100] if way == "cut" else good)
-        if way == "flip":
-            bad[where // 8] ^= 1 << where % 8
-        file.write_bytes(bad)
-        yield file, f"{way} {where}"
+        for percent in percents:
+            file.write_bytes(good[: len(good) * percent // 100])
+            yield file
+        for _ in range(flips):
+            bad = bytearray(good)
+            bad[rng.randrange(len(bad))] ^= 1 << rng.randrange(8)
+            file.write_bytes(bad)
+            yield file
+        file.unlink()
+        yield file
         file.write_bytes(good)
 
 
-def finite(out):
-    """All checkpoints of a run hold finite weights alone."""
-    for folder in out.glob("step-*"):
-        weights.checkpoint.verify(folder)
-        for name, t in weights.files.load_tensors(folder / "model.safetensors").items():
-            assert t.isfinite().all(), name
-
-
-def try_damaged(world, out, capsys, folder, percents, flips, rng, whole):
-    """Resume from each damaged copy. -> (how often it was refused, how often it did no harm)"""
+def try_damaged(world, out, capsys, percents, flips, rng):
+    """Resume from a checkpoint with each damage. -> (how often it was refused, how often it did no harm)"""
+    settings = "--steps", 4, "--save-every", 2, "--keep", 9, "--out", out
+    assert run(world, 2, *settings) == 0
+    whole = left(out)
+    shutil.rmtree(out / "step-00000004")
+    folder = out / "step-00000002"
     refused = harmless = 0
-    shutil.copytree(out, out.with_name("backup"))
-    for file, what in damages(folder, percents, flips, rng):
+    backup = out.with_name("backup")
+    shutil.copytree(out, backup)
+    for file in damaged(folder, percents, flips, rng):
         capsys.readouterr()
-        code = run(*flags(world, 2, "--out", out, "--resume"))
-        if code:
-            assert folder.name in one_sentence(capsys, code), (file, what)
-            with pytest.raises(BadInput):
-                support.start.load_model(folder, device="cpu")
-            refused += 1
-        else:  # then it must be as if nothing had happened
-            assert contents(weights.checkpoint.find(out)) == whole, (file, what)
+        code = run(world, 2, *settings, "--resume")
+        if code == 0:  # then it must be as if nothing had happened
+            assert left(out) == whole, file
             harmless += 1
             shutil.rmtree(out)
-            shutil.copytree(out.with_name("backup"), out)
+            shutil.copytree(backup, out)
+            continue
+        known = "" if file.name == "checksums.json" else "is not what was written"
+        one_sentence(capsys, code, folder, known)
+        with pytest.raises(BadInput):
+            support.start.load_model(folder, device="cpu")
+        refused += 1
     return refused, harmless
 
 
-# ---- ranks -----------------------------------------------------------------------------------------------------------
+# ---- sample.py, in a terminal and without ---------------------------------------------------------------------------
 
 
-def lose_a_rank(world, folder, number, victim, rng, *more, seconds=20):
-    """Two ranks, of which one is killed or stopped at some step. -> what the other says, having ended with 2"""
-    out = folder / "o"
-    heard = {path: len(path.read_text()) for path in folder.glob("said*.txt")}
-    processes = tiny.start(
-        folder,
-        *flags(
-            world,
-            3,
-            "--steps",
-            60,
-            "--save-every",
-            2,
-            "--timeout",
-            seconds,
-            "--resume",
-            "--out",
-            out,
-            *more,
-        ),
-        world=2,
-        slow=0.02,
-    )
-    goal = logged(out) + rng.randint(3, 6)
-    wait_for(lambda: logged(out) >= goal or not all(p.is_alive() for p in processes))
-    time.sleep(rng.uniform(0, 0.1))
-    os.kill(processes[victim].pid, number)
-    other, began = processes[1 - victim], time.monotonic()
-    other.join(10 * seconds)
-    took = time.monotonic() - began
-    for p in processes:
-        p.kill()
-        p.join()
-    said = "".join(path.read_text()[heard.get(path, 0) :] for path in folder.glob("said*.txt"))
-    assert other.exitcode == 2 and "Traceback" not in said, (other.exitcode, said[-3000:])
-    assert (
-        f"rank {1 - victim}: no answer from rank {victim} (" in said
-        and "training with --resume" in said
-    ), said
-    return out, took
-
-
-# ---- a terminal ------------------------------------------------------------------------------------------------------
-
-
-class Terminal:
-    """sample.py in a terminal of its own, forked from here, or begun afresh as `python sample.py`."""
-
-    def __init__(self, *argv, cwd=None, fresh=False):
-        argv = [str(a) for a in argv]
-        self.pid, self.fd = pty.fork()
-        if self.pid == 0:
-            act(argv, cwd, fresh)
-        self.seen = b""
-
-    def read(self, seconds):
-        until = time.monotonic() + seconds
-        while (left := until - time.monotonic()) > 0 and select.select([self.fd], [], [], left)[0]:
-            try:
-                got = os.read(self.fd, 65536)
-            except OSError as e:  # the other side has closed
-                if e.errno == errno.EIO:
-                    return False
-                raise
-            self.seen += got
-        return True
-
-    def send(self, keys):
-        while (
-            keys and select.select([], [self.fd], [], 0.2)[1]
-        ):  # a terminal that is full takes no more
-            try:
-                keys = keys[os.write(self.fd, keys[:256]) :]
-            except OSError:
-                return
-
-    def resize(self, rows, columns):
-        fcntl.ioctl(self.fd, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
-
-    def end(self, seconds=60, keys=b"\x11\x15\x04"):
-        """Exit code, after end-of-file as often as it takes; a hang is killed and said."""
-        until = time.monotonic() + seconds
-        while time.monotonic() < until:
-            self.read(0.05)
-            done, status = os.waitpid(self.pid, os.WNOHANG)
-            if done:
-                os.close(self.fd)
-                return os.waitstatus_to_exitcode(status)
-            self.send(keys)
-        os.kill(self.pid, signal.SIGKILL)
-        os.waitpid(self.pid, 0)
-        os.close(self.fd)
-        raise AssertionError(f"it hangs; its last words: {self.seen[-2000:]!r}")
-
-
-def forked(argv, cwd, files=(), closed=()):
-    """sample.py with {0, 1, 2: open file} in place of its own and some of them closed. -> (exit code, complaints)"""
-    with open(cwd / "complaints", "w+b") as err:
-        if (pid := os.fork()) == 0:
-            for number, file in {
-                0: open(os.devnull),
-                1: open(os.devnull, "w"),
-                2: err,
-                **dict(files),
-            }.items():
-                os.dup2(file.fileno(), number)
-            for number in closed:
-                os.close(number)
-            act([str(a) for a in argv], cwd, False, closed)
-        for _, file in dict(files).items():
-            file.close()
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
-        return code, (err.seek(0), err.read().decode())[1]
-
-
-def act(argv, cwd, fresh, closed=()):
-    """The child's side: never returns."""
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # as its first line does
+def sample_py(argv, cwd, closed=(), fresh=False):
+    """In a forked process: to be sample.py, begun afresh or as if its imports were done. Never returns."""
+    code = 99
     try:
-        if cwd:
-            os.chdir(cwd)
-        os.environ["OMP_NUM_THREADS"] = "1"
-        torch.set_num_threads(1)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # as its first line does
+        os.chdir(cwd)
+        sys.argv = [str(tiny.ROOT / "sample.py"), *argv]
         if fresh:
-            os.execv(sys.executable, [sys.executable, str(tiny.ROOT / "sample.py"), *argv])
-        sys.stdin, sys.stdout, sys.stderr = (
-            None if n in closed else open(n, "rw"[n > 0], buffering=[-1, -1, 1][n])
-            for n in range(3)
-        )
-        sys.argv = ["sample.py", *argv]
+            os.execv(sys.executable, [sys.executable, *sys.argv])
+        for number, name in enumerate(("stdin", "stdout", "stderr")):
+            file = None if number in closed else open(number, "rw"[number > 0])
+            setattr(sys, name, file)
         code = sample.run(sample.main)
         if sys.stdout:
             sys.stdout.flush()
-        os._exit(code)
     except BaseException:
-        import traceback
-
         traceback.print_exc()
-        os._exit(99)
+    finally:
+        if sys.stderr:
+            sys.stderr.flush()
+        os._exit(code)
+
+
+def forked(argv, cwd, stdout=os.devnull, closed=()):
+    """sample.py with nothing to read; some of its three files may be closed. -> (exit code, complaints)"""
+    with open(os.devnull) as stdin, open(stdout, "w") as out, tempfile.TemporaryFile("w+") as err:
+        pid = os.fork()
+        if pid == 0:
+            for number, file in enumerate((stdin, out, err)):
+                os.dup2(file.fileno(), number)
+            for number in closed:
+                os.close(number)
+            sample_py(argv, cwd, closed)
+        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+        err.seek(0)
+        return code, err.read()
+
+
+class Terminal:
+    """sample.py in a terminal of its own."""
+
+    def __init__(self, *argv, cwd, fresh=False):
+        self.seen = b""
+        self.pid, self.fd = pty.fork()
+        if self.pid == 0:
+            sample_py(argv, cwd, fresh=fresh)
+
+    def read(self, seconds):
+        """-> whether the other side is still there"""
+        until = time.monotonic() + seconds
+        while (wait := until - time.monotonic()) > 0 and select.select([self.fd], [], [], wait)[0]:
+            try:
+                self.seen += os.read(self.fd, 65536)
+            except OSError:
+                return False
+        return True
+
+    def send(self, keys):
+        with suppress(OSError):
+            while keys and select.select([], [self.fd], [], 0.2)[1]:  # a full one takes no more
+                keys = keys[os.write(self.fd, keys[:256]) :]
+
+    def end(self, seconds=120):
+        """After end-of-file, as often as it takes, it has ended without a traceback."""
+        until = time.monotonic() + seconds
+        done = 0
+        while not done and time.monotonic() < until:
+            self.read(0.05)
+            done, status = os.waitpid(self.pid, os.WNOHANG)
+            if not done:
+                self.send(b"\x11\x15\x04")
+        if not done:
+            os.kill(self.pid, signal.SIGKILL)
+            os.waitpid(self.pid, 0)
+        os.close(self.fd)
+        assert done, f"it hangs; its last words: {self.seen[-2000:]!r}"
+        code = os.waitstatus_to_exitcode(status)
+        assert code in (0, 130, -signal.SIGINT), code  # a shell calls the last one 130, too
+        assert b"Traceback" not in self.seen, self.seen[-3000:]
 
 
 KEYS = [
@@ -473,47 +423,32 @@ KEYS = [
     b"x" * 5000 + b"\n",
     b"hello " * 400 + b"\n",
 ]
-
-
-ENDS = (0, 130, -signal.SIGINT)  # a shell calls the last one 130, too
+CHAT = "--ckpt", "ck", "--device", "cpu"
 
 
 def mashed(made, sessions, rng):
-    """Chats under random keys, in a window that changes its size. -> keys that were pressed"""
+    """Chats under random keys, in a window that changes its size."""
     for _ in range(sessions):
-        terminal = Terminal(
-            "--ckpt", "ck", "--device", "cpu", "--image", "photos/tall.png", cwd=made
-        )
+        terminal = Terminal(*CHAT, "--image", "photos/tall.png", cwd=made)
         while b"> " not in terminal.seen and terminal.read(0.05):
             pass
-        mash(terminal, rng, 40)
-        code = terminal.end()
-        assert code in ENDS and b"Traceback" not in terminal.seen, (code, terminal.seen[-3000:])
+        for _ in range(40):
+            keys = bytes(rng.choices(range(1, 256), k=rng.randint(1, 12)))
+            if rng.random() < 0.7:
+                keys = rng.choice(KEYS)
+            terminal.send(keys.replace(b"\x1c", b""))  # no SIGQUIT
+            if rng.random() < 0.2:
+                termios.tcsetwinsize(terminal.fd, (rng.randint(0, 90), rng.randint(0, 300)))
+            if not terminal.read(rng.uniform(0, 0.02)):
+                break
+        terminal.end()
 
 
 def interrupted(made, sessions, rng, fresh=False):
-    """Ctrl-C or Ctrl-D, alone or after a question, at any moment of a chat from its first import on."""
+    """Ctrl-C or Ctrl-D, alone or after a question, at any moment of a chat, from its first import on if fresh."""
+    keys = b"\x03", b"\x04", b"what?\n\x03", b"what?\n\x04", b"what?\n\x03\x03"
     for _ in range(sessions):
-        terminal = Terminal("--ckpt", "ck", "--device", "cpu", cwd=made, fresh=fresh)
+        terminal = Terminal(*CHAT, cwd=made, fresh=fresh)
         terminal.read(rng.uniform(0.3, 3) if fresh else rng.uniform(0, 0.4))
-        terminal.send(
-            rng.choice((b"\x03", b"\x04", b"what?\n\x03", b"what?\n\x04", b"what?\n\x03\x03"))
-        )
-        code = terminal.end()
-        assert code in ENDS and b"Traceback" not in terminal.seen, (code, terminal.seen[-3000:])
-
-
-def mash(terminal, rng, presses, slow=0.02):
-    for _ in range(presses):
-        key = (
-            rng.choice(KEYS)
-            if rng.random() < 0.7
-            else bytes(
-                rng.choice([*range(1, 28), *range(29, 256)]) for _ in range(rng.randint(1, 12))
-            )
-        )
-        terminal.send(key)
-        if rng.random() < 0.2:
-            terminal.resize(rng.randint(0, 90), rng.randint(0, 300))
-        if not terminal.read(rng.uniform(0, slow)):
-            return
+        terminal.send(rng.choice(keys))
+        terminal.end()

@@ -19,8 +19,26 @@ from transformers import (
     LlavaConfig,
     LlavaForConditionalGeneration,
 )
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 transformers.utils.logging.disable_progress_bar()
+
+
+def exact_norm(self, x):
+    """transformers rounds LLaMA's norms to fp32 whatever the dtype: noise of 1e-6 that hides our errors in float64."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+    return self.weight * wide.to(x.dtype)
+
+
+LlamaRMSNorm.forward = exact_norm
+
+
+def assert_close(ours, theirs):
+    assert ours.dtype == theirs.dtype
+    assert 0.3 < theirs.std() < 3, f"the oracle's outputs are not of order 1: {theirs.std()}"
+    gap = (ours - theirs).abs().max().item()
+    assert gap <= (1e-10 if ours.dtype == torch.float64 else 2e-5), gap
 
 
 def randomise(model, seed=0):
@@ -33,10 +51,8 @@ def randomise(model, seed=0):
                 p.copy_(1 + 0.1 * noise)
             elif p.ndim == 1:
                 p.copy_(0.1 * noise)
-            elif "embed" in name or "class" in name:
+            elif any(part in name for part in ("embed", "class", "lm_head")):
                 p.copy_(0.07 * noise)
-            elif "lm_head" in name:
-                p.copy_(0.07 * noise)  # logits of order 1
             else:
                 p.copy_(noise / p[0].numel() ** 0.5)
     return model.eval()
@@ -52,7 +68,7 @@ LLAMA = dict(
     rms_norm_eps=1e-5,
     max_position_embeddings=128,
 )
-CLIP = dict(
+TOWER = dict(
     hidden_size=48,
     intermediate_size=96,
     num_hidden_layers=4,
@@ -67,74 +83,18 @@ def llama(**changed):
 
 
 def clip():
-    return randomise(CLIPVisionModel(CLIPVisionConfig(**CLIP)))
+    return randomise(CLIPVisionModel(CLIPVisionConfig(**TOWER)))
 
 
 def blip2():
-    return randomise(Blip2VisionModel(Blip2VisionConfig(**CLIP)))
+    return randomise(Blip2VisionModel(Blip2VisionConfig(**TOWER)))
 
 
 def llava(**changed):
-    text = LlamaConfig(
-        **LLAMA | dict(vocab_size=104) | changed
-    )  # 104 rows, the image's id among the last
-    return randomise(
-        LlavaForConditionalGeneration(
-            LlavaConfig(
-                vision_config=CLIPVisionConfig(**CLIP), text_config=text, image_token_index=100
-            )
-        )
-    )
-
-
-def publish(folder, sparse=False):
-    """Rename a saved folder's keys and config to the generation of the hub; sharded .bin with an index."""
-    state, config = (
-        load_file(folder / "model.safetensors"),
-        json.loads((folder / "config.json").read_text()),
-    )
-    kind = config["model_type"]
-
-    def old(name):
-        if kind == "clip_vision_model":
-            return "vision_model." + name
-        return name.replace("vision_tower.", "vision_tower.vision_model.")
-
-    state = {old(k): v for k, v in state.items()}
-    if kind == "clip_vision_model":  # the hub's folder is the whole CLIP, text half and all
-        state |= {
-            "vision_model.embeddings.position_ids": torch.arange(17)[None],
-            "logit_scale": torch.ones(()),
-            "text_model.final_layer_norm.weight": torch.ones(8),
-            "text_projection.weight": torch.ones(8, 8),
-            "visual_projection.weight": torch.ones(8, 48),
-        }
-        config = {"model_type": "clip", "text_config": {"hidden_size": 8}, "vision_config": config}
-    for c in (config, config.get("text_config", {})):
-        if rope := c.pop("rope_parameters", None):
-            c["rope_theta"] = rope.pop("rope_theta")
-            c["rope_scaling"] = (
-                None
-                if rope["rope_type"] == "default"
-                else {
-                    "type" if (k, v) == ("rope_type", "linear") else k: v for k, v in rope.items()
-                }
-            )
-    if kind == "llama":
-        state |= {
-            f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(4) for i in range(2)
-        }
-    (folder / "model.safetensors").unlink()
-    names = sorted(state)
-    shards = {
-        "pytorch_model-00001-of-00002.bin": names[::2],
-        "pytorch_model-00002-of-00002.bin": names[1::2],
-    }
-    for shard, keys in shards.items():
-        torch.save({k: state[k] for k in keys}, folder / shard)
-    index = {"weight_map": {k: shard for shard, keys in shards.items() for k in keys}}
-    (folder / "pytorch_model.bin.index.json").write_text(json.dumps(index))
-    (folder / "config.json").write_text(json.dumps(config))
+    text = LlamaConfig(**LLAMA | dict(vocab_size=104) | changed)  # the image's id is 100
+    vision = CLIPVisionConfig(**TOWER)
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=100)
+    return randomise(LlavaForConditionalGeneration(config))
 
 
 def folder(model, path, published=False):
@@ -142,3 +102,37 @@ def folder(model, path, published=False):
     if published:
         publish(path)
     return path
+
+
+def publish(folder):
+    """Rename a saved folder's keys and config to the generation of the hub; sharded .bin."""
+    config = json.loads((folder / "config.json").read_text())
+    kind = config["model_type"]
+    state = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    if kind == "llama":
+        for layer in range(config["num_hidden_layers"]):
+            state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
+    if kind == "llava":
+        old = "vision_tower."
+        state = {key.replace(old, old + "vision_model."): t for key, t in state.items()}
+    if kind == "clip_vision_model":  # the hub's folder is the whole CLIP, text half and all
+        state = {"vision_model." + key: t for key, t in state.items()} | {
+            "vision_model.embeddings.position_ids": torch.arange(17)[None],
+            "logit_scale": torch.ones(()),
+            "text_projection.weight": torch.ones(8, 8),
+            "visual_projection.weight": torch.ones(8, 48),
+        }
+        config = {"model_type": "clip", "text_config": {"hidden_size": 8}, "vision_config": config}
+    for part in (config, config.get("text_config", {})):
+        rope = part.pop("rope_parameters", None)
+        if rope:
+            part["rope_theta"] = rope.pop("rope_theta")
+            if rope["rope_type"] == "linear":
+                rope["type"] = rope.pop("rope_type")
+            part["rope_scaling"] = None if rope == {"rope_type": "default"} else rope
+    (folder / "config.json").write_text(json.dumps(config))
+    names = sorted(state)
+    for number in range(2):
+        shard = f"pytorch_model-0000{number + 1}-of-00002.bin"
+        torch.save({key: state[key] for key in names[number::2]}, folder / shard)

@@ -1,108 +1,187 @@
-"""The forks in examples/, used as a user would use them."""
+"""The forks in examples/, used with the commands that stand in docs/FORK.md."""
 
 import json
+import math
+import os
+import re
+import shutil
+import subprocess
+import sys
 
 import pytest
 import tiny
 import torch
 
-import adapter
-import evaluate
-import sample
-import train
 import weights
+from support.log import records
 
-SHUFFLE = str(tiny.ROOT / "examples/shuffle.py:Shuffle")
-FAST = ["--workers", "0", "--batch", "8", "--eval-every", "0", "--save-every", "5"]
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    return tiny.world(tmp_path_factory.mktemp("world"))
+PAGE = (tiny.ROOT / "docs/FORK.md").read_text()
+PICTURE = "out/toy/heldout/images/000039.png"
+SMALL = {
+    "train": "--steps 10 --batch 8 --log-every 1 --save-every 5 --eval-every 10 --eval-rows 4 --score-rows 0",
+    "sample": "--max-new-tokens 4",
+    "evaluate": "--limit 4 --max-new-tokens 4",
+}
 
 
 @pytest.fixture
-def here(world, monkeypatch, tmp_path):
-    monkeypatch.chdir(world)
-    known = dict(adapter.ADAPTERS)
-    yield tmp_path
-    adapter.ADAPTERS.clear()
-    adapter.ADAPTERS.update(known)
+def here(tmp_path):
+    """The project's folder in small: stage 1 is done, and there are data for every example."""
+    tiny.world(tmp_path)
+    shutil.copytree(tiny.ROOT / "examples", tmp_path / "examples")
+    shutil.copytree(tmp_path / "start", tmp_path / "out/stage1/step-00000001")
+    pictures = tmp_path / "out/toy/images"
+    (tmp_path / PICTURE).parent.mkdir(parents=True)
+    shutil.copy(pictures / "0.png", tmp_path / PICTURE)
+    counts = []
+    for row in json.loads((tmp_path / "out/toy/vqa.json").read_text()):
+        [colour] = row["answers"]
+        folder = tmp_path / "flowers" / f"very_{colour}"
+        folder.mkdir(parents=True, exist_ok=True)
+        shutil.copy(pictures / row["image"], folder)
+        counts.append(row | {"question": f"{colour} grounds", "answers": ["1"]})
+    (tmp_path / "counts.json").write_text(json.dumps(counts))
+    shutil.copytree(pictures, tmp_path / "images")
+    for table in re.findall(r"```toml\n(.*?)```", PAGE, re.S):
+        name = re.search(r'name = "(\w+)"', table)[1]
+        (tmp_path / f"{name}.toml").write_text(table)
+    return tmp_path
 
 
-def run(*argv):
-    return train.main([str(a) for a in argv])
+def commands(name):
+    """The page's commands that use an example, each made small."""
+    for line in re.findall(rf"^python .*examples[./]{name}\b.*", PAGE, re.M):
+        script = re.search(r"\b(train|sample|evaluate)\b", line)[0]
+        yield f"{line} {SMALL[script]}"
 
 
-def forget():
-    """As in a program that has just started."""
-    adapter.ADAPTERS.pop("Shuffle", None)
+def typed(here, line):
+    code, said = tiny.typed(here, line)
+    assert code == 0, said
+    return said
 
 
-def test_an_adapter_of_a_users_own_file_is_trained_resumed_carried_on_asked_and_scored(
-    here, capsys
-):
-    first = ["--stage", 1, "--init", "start", "--out", here / "one", "--steps", 10, *FAST]
-    assert run(*first, "--adapter", SHUFFLE) == 0
-    assert "adapter        3" in capsys.readouterr().out  # 3,2xx parameters, all of them trained
-    config = json.loads((weights.find(here / "one") / "config.json").read_text())
+def follow(here, name):
+    """Type an example's commands one after another; what is to be resumed has lost its second half."""
+    for line in commands(name):
+        last = here / "out/stage2/step-00000010"
+        if "--resume" in line:
+            last = last.rename(here / "whole")
+        said = typed(here, line)
+        if "--resume" in line:
+            for file in ("model.safetensors", "optimizer.safetensors"):
+                resumed = (here / "out/stage2/step-00000010" / file).read_bytes()
+                assert resumed == (last / file).read_bytes()
+    return said
+
+
+def tensors(path):
+    return weights.load_tensors(weights.find(path) / "model.safetensors")
+
+
+def answers(here):
+    [file] = here.glob("out/evaluate/*/predictions.jsonl")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_an_adapter_of_a_users_own_file(here):
+    shutil.rmtree(here / "out/stage1")
+    first, second, asked = commands("shuffle")
+    typed(here, f"{first} --init start")
+    one = tensors(here / "out/stage1")["adapter.fc1.weight"]
+    assert one.shape == (32, 4 * 16)
+    config = json.loads((weights.find(here / "out/stage1") / "config.json").read_text())
     assert config["model"]["adapter"] == "Shuffle"  # its name, and nothing that could be imported
-    tensors = weights.load_tensors(weights.find(here / "one") / "model.safetensors")
-    assert tensors["adapter.fc1.weight"].shape == (32, 4 * 16)
-
-    forget()
-    second = ["--stage", 2, "--init", here / "one", "--out", here / "two", "--steps", 2, *FAST]
-    assert run(*second) == 2
-    assert "name your own with --adapter FILE.py:Shuffle" in capsys.readouterr().err
-    assert run(*second, "--adapter", SHUFFLE) == 0
-    before = tensors["adapter.fc1.weight"]
-    after = weights.load_tensors(weights.find(here / "two") / "model.safetensors")
-    assert 0 < (after["adapter.fc1.weight"] - before).abs().max() < 0.1  # carried on, not fresh
-
-    forget()
-    picture = ["--ckpt", str(here / "one"), "--image", "out/toy/images/0.png", "--task", "caption"]
-    assert sample.run(lambda: sample.main(picture)) == 2
-    assert "name your own with --adapter FILE.py:Shuffle" in capsys.readouterr().err
-    sample.main([*picture, "--adapter", SHUFFLE, "--max-new-tokens", "4"])
-    assert capsys.readouterr().out.strip() != ""
-    forget()
-    data = ["--ckpt", str(here / "one"), "--data", "out/toy/heldout.toml", "--limit", "4"]
-    evaluate.main([*data, "--adapter", SHUFFLE, "--out", str(here / "scored"), "--json"])
-    assert "captions" in json.loads(capsys.readouterr().out)
+    typed(here, second)
+    two = tensors(here / "out/stage2")["adapter.fc1.weight"]
+    assert 0 < (two - one).abs().max() < 0.1  # carried on, not fresh
+    shutil.rmtree(here / "out/stage2/step-00000010")
+    typed(here, f"{second} --resume")
+    assert torch.equal(tensors(here / "out/stage2")["adapter.fc1.weight"], two)
+    assert typed(here, f"{asked} --task caption").strip()
+    flag = "--adapter examples/shuffle.py:Shuffle"
+    scores = f"python evaluate.py {flag} --data out/toy/heldout.toml --limit 4"
+    assert "captions" in typed(here, scores)
+    for line in (f"{second} --out out/other", asked):
+        code, said = tiny.typed(here, line.replace(flag, ""))
+        assert code == 2 and "name your own with --adapter FILE.py:Shuffle" in said
 
 
-def test_a_run_with_an_own_adapter_resumes_to_the_byte(here):
-    common = ["--stage", 1, "--init", "start", "--steps", 10, "--keep", 9, *FAST]
-    assert run(*common, "--out", here / "whole", "--adapter", SHUFFLE) == 0
-    assert run(*common, "--out", here / "cut", "--adapter", SHUFFLE) == 0
-    for path in (here / "cut/step-00000010").iterdir():
-        path.unlink()
-    (here / "cut/step-00000010").rmdir()
-    forget()
-    assert run("--stage", 1, "--resume", "--out", here / "cut", *FAST, "--adapter", SHUFFLE) == 0
-    for name in ("model.safetensors", "optimizer.safetensors"):
-        files = [here / run / "step-00000010" / name for run in ("whole", "cut")]
-        assert files[0].read_bytes() == files[1].read_bytes()
-
-
-def test_what_is_no_adapter_is_refused_in_one_sentence(here, capsys):
+def test_what_is_no_adapter_is_refused_in_one_sentence(here):
     for named, sentence in (
         ("nowhere.py:Shuffle", "nowhere.py is no file of Python"),
-        (SHUFFLE.replace("Shuffle", "Shuffler"), "has no class Shuffler"),
+        ("examples/shuffle.py:Shuffler", "has no class Shuffler"),
         ("qformer", "'qformer' is none of pool, mlp, resampler"),
     ):
-        assert run("--stage", 1, "--init", "start", "--out", here, "--adapter", named) == 2
-        assert sentence in capsys.readouterr().err
+        code, said = tiny.typed(here, f"python train.py --stage 1 --adapter {named}")
+        assert code == 2 and sentence in said
 
 
-def test_shuffle_keeps_the_order_of_the_patches(here):
+def test_shuffle_keeps_the_order_of_the_patches():
     from examples.shuffle import Shuffle
 
-    torch.manual_seed(0)
-    shuffle = Shuffle(6, 10, grid=3).double()
-    x = torch.randn(1, 36, 6, dtype=torch.float64, requires_grad=True)
-    moved = x.detach().clone()
-    moved[0, 6 * 2 + 5] += 1  # row 2, column 5: window (1, 2)
-    changed = (shuffle(moved) - shuffle(x)).abs().amax(-1)[0]
-    assert changed.nonzero()[:, 0].tolist() == [5]
-    assert torch.autograd.gradcheck(shuffle, x)
+    shuffle = Shuffle(6, 10, grid=3)
+    x = torch.randn(1, 36, 6)
+    moved = x.clone()
+    moved[0, 6 * 2 + 5, 0] += 1  # row 2, column 5: window (1, 2)
+    changed = (shuffle(moved) != shuffle(x)).any(-1)[0]
+    assert changed.nonzero().flatten().tolist() == [5]
+
+
+def test_a_format_of_a_users_own(here):
+    assert "flowers" in follow(here, "folders")
+    losses = tiny.losses(here / "out/stage2")
+    assert losses[10] < losses[1]
+    for row in answers(here):
+        assert "what is this" in row["asked"] and row["truth"][0].startswith("very ")
+
+
+def test_a_task_with_a_prompt_of_its_own(here):
+    assert "right" in follow(here, "count")
+    losses = tiny.losses(here / "out/stage2")
+    assert losses[10] < losses[1]
+    for row in answers(here):
+        assert row["asked"].endswith("grounds? Number:") and row["truth"] == ["1"]
+    other = "python -m examples.count train --stage 2 --out out/both --data out/toy/stage2.toml"
+    typed(here, f"{other} {SMALL['train']}")  # the tasks of others are asked as before
+
+
+def test_another_loss_is_trained_and_the_plain_one_is_held_out(here):
+    follow(here, "zloss")
+    typed(here, f"python train.py --stage 2 --out out/plain {SMALL['train']}")
+    own, plain = (records(here / f"out/{name}") for name in ("stage2", "plain"))
+    assert own[0]["held_out"] == plain[0]["held_out"]
+    vocabulary = tensors(here / "start")["llm.embed.weight"].shape[0]
+    z = math.log(vocabulary)  # of a model that has no opinion yet
+    assert own[1]["loss"] - plain[1]["loss"] == pytest.approx(1e-4 * z**2, rel=0.01)
+
+
+def test_lora_trains_beside_q_and_v_which_stay(here):
+    follow(here, "lora")
+    before, after = tensors(here / "start"), tensors(here / "out/stage2")
+    thin = {name for name in after if ".q.up." in name or ".v.up." in name}
+    assert len(thin) == 4 and all(after[name].any() for name in thin)
+    fresh = {name.replace(".up.", ".down.") for name in thin} | thin
+    for name in after.keys() - fresh:
+        old = before[name.replace("base.", "")]
+        assert torch.equal(after[name], old) == name.startswith("llm."), name
+    typed(here, f"python train.py --stage 2 --out out/plain {SMALL['train']}")
+    own, plain = (tiny.losses(here / f"out/{name}") for name in ("stage2", "plain"))
+    assert own[1] == plain[1] and own[10] != plain[10]  # it begins as the model it is added to
+    code, said = tiny.typed(here, f"python sample.py --image {PICTURE} --prompt hello")
+    assert code == 2 and "q.up.weight" in said  # its checkpoint without its file
+
+
+def test_an_example_is_a_program_of_its_own(here):
+    line = next(commands("folders"))
+    words = line.replace("python", sys.executable, 1).split()
+    environment = os.environ | {"PYTHONPATH": str(tiny.ROOT)}
+    subprocess.run(words, cwd=here, env=environment, check=True, capture_output=True)
+    assert weights.find(here / "out/stage2").name == "step-00000010"
+    for line, sentence in (
+        ("--stage 2", "name train, sample or evaluate"),
+        ("train --stage 5", "invalid choice"),
+        ("sample --ckpt nowhere --prompt hi", "no checkpoint here"),
+    ):
+        code, said = tiny.typed(here, f"python -m examples.folders {line}")
+        assert code == 2 and sentence in said and "Traceback" not in said

@@ -1,67 +1,170 @@
-"""sample.py as people use it: strings in and out, the chat, the command line, the drawings."""
+"""sample.py: decoding as transformers does it, strings in and out, the chat, the command line."""
 
 import io
 import json
 import os
+import shlex
 import signal
-import subprocess
 import sys
-from pathlib import Path
+from itertools import islice
 
-import numpy as np
 import oracle
 import pytest
+import tiny
 import torch
 from PIL import Image
-from test_weights import released
 
 import sample
-import support.drawing
 import support.start
 import weights
-from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+from model import IMAGE
 from support.commands import run
+from support.drawing import NAMED
 from support.errors import BadInput
-from text import Tokenizer, encode_prompt
-from text.templates import MARK, SYSTEM, prompt
+from text import encode_prompt
+from text.templates import prompt
 
-ROOT = Path(__file__).resolve().parent.parent
-TOKENIZER = ROOT / "assets/toy/tokenizer.model"
+# ---- decoding --------------------------------------------------------------------------------------------------------
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-def tiny():
-    """A model with clear opinions."""
-    llm = LlamaConfig(Tokenizer(TOKENIZER).size, 32, 2, 2, 1, 48, context=300)
-    model = init(InfMLLM(Config(ViTConfig(32, 8, 16, 2, 2, 32), llm, grid=2))).eval()
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.ndim > 1:
-                p.mul_(12)
-    return model
+CELLS, SLOT = 16, 100  # visual tokens of an image, and transformers' id for their places
+EOS = 103
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A folder with a checkpoint and pictures: one wide, one tall, one small."""
-    folder = tmp_path_factory.mktemp("sample")
-    weights.save(folder / "ck", tiny(), Tokenizer(TOKENIZER))
-    (folder / "photos").mkdir()
-    rng = np.random.default_rng(0)
-    for name, (w, h) in {"wide": (90, 40), "tall": (40, 90), "small": (24, 24)}.items():
-        Image.fromarray(rng.integers(0, 255, (h, w, 3), np.uint8)).save(
-            folder / f"photos/{name}.png"
-        )
-    (folder / "photos/notes.txt").write_text("no picture")
-    (folder / "broken.png").write_text("no picture either")
-    return folder
+def pair(tmp_path_factory):
+    """transformers' model and ours, from one folder; logits spread wide, so that rounding decides nothing."""
+    theirs = oracle.llava(num_key_value_heads=2)
+    with torch.no_grad():
+        theirs.lm_head.weight.mul_(5)
+    folder = oracle.folder(theirs, tmp_path_factory.mktemp("llava"))
+    return theirs, weights.load_llava(folder)
+
+
+def prompts(*shapes):
+    """(text before, images, text after) each -> rows of ids with IMAGE, and the images in their order."""
+    rows = []
+    for seed, (before, n, after) in enumerate(shapes):
+        text = tiny.text(before + after, seed)
+        rows.append(text[:before] + [IMAGE] * CELLS * n + text[before:])
+    count = sum(n for _, n, _ in shapes)
+    return rows, torch.randn(count, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+
+UNEQUAL = prompts((3, 1, 4), (1, 0, 2), (5, 2, 1), (9, 0, 3), (2, 1, 9))
+MODES = [
+    dict(),
+    dict(min_new_tokens=9),
+    dict(beams=2, length_penalty=2.0),
+    dict(beams=5, length_penalty=0.0),
+    dict(beams=5, min_new_tokens=8),
+    dict(beams=3, length_penalty=-1.0),
+]
+
+
+@torch.no_grad()
+def expected(theirs, rows, images, eos, max_new_tokens, beams=1, **settings):
+    T = max(map(len, rows))
+    ids = torch.tensor([[0] * (T - len(row)) + row for row in rows])
+    ids[ids == IMAGE] = SLOT
+    if len(images):
+        settings["pixel_values"] = images
+    out = theirs.generate(
+        input_ids=ids,
+        attention_mask=ids > 0,
+        max_new_tokens=max_new_tokens,
+        num_beams=beams,
+        eos_token_id=eos,
+        pad_token_id=0,
+        do_sample=False,
+        **settings,
+    )
+    said = out[:, T:].tolist()
+    return [row[: row.index(eos)] if eos in row else row for row in said]
+
+
+def common(theirs, rows, images):
+    """A token that greedy decoding says in the middle of things: as an eos it ends rows at different places."""
+    said = [i for row in expected(theirs, rows, images, EOS, 16) for i in row[2:10]]
+    return max(said, key=said.count)
+
+
+@pytest.mark.parametrize("rows, images", [UNEQUAL, prompts((3, 0, 4))], ids=["batch", "text"])
+@pytest.mark.parametrize("mode", MODES + [dict(beams=5, max_new_tokens=1)], ids=str)
+def test_ids_are_those_of_transformers(pair, rows, images, mode):
+    theirs, ours = pair
+    for eos in (EOS, common(theirs, rows, images)):
+        settings = dict(max_new_tokens=13, eos=eos) | mode
+        want = expected(theirs, rows, images, **settings)
+        assert sample.generate_ids(ours, images, rows, **settings) == want
+
+
+def test_a_batch_draws_what_each_row_draws_alone(pair):
+    _, ours = pair
+    rows, images = UNEQUAL
+    drawn = dict(max_new_tokens=12, temperature=0.8, top_k=20, top_p=0.9)
+    together = sample.generate_ids(ours, images, rows, seed=7, **drawn)
+    for i, own in enumerate(images.split([1, 0, 2, 0, 1])):
+        row = rows[i]
+        assert sample.generate_ids(ours, own, [row], seed=[7 + i], **drawn) == [together[i]]
+
+
+def inputs_of(owner, name, monkeypatch):
+    """What a method is given as its first argument, call after call."""
+    method = getattr(owner, name)
+    given = []
+
+    def recorded(x, *more):
+        given.append(x)
+        return method(x, *more)
+
+    monkeypatch.setattr(owner, name, recorded)
+    return given
+
+
+def test_prompts_on_one_picture_encode_it_once(pair, monkeypatch):
+    _, ours = pair
+    rows, images = prompts((3, 1, 4), (2, 1, 5), (1, 2, 1))
+    shared = [0, 1, 1, 0]
+    encoded = inputs_of(ours, "encode_images", monkeypatch)
+    apart = sample.generate_ids(ours, images[shared], rows, max_new_tokens=8)
+    assert sample.generate_ids(ours, images[:2], rows, shared, max_new_tokens=8) == apart
+    assert len(encoded[1]) == 2
+
+
+def test_it_computes_what_is_new_and_stops_when_every_row_is_done(pair, monkeypatch):
+    _, ours = pair
+    rows, images = prompts((3, 1, 4), (9, 0, 3))
+    one, two = sample.generate_ids(ours, images, rows, max_new_tokens=40, eos=EOS)
+    eos = next(i for i in one if i in two)  # what both say, sooner or later
+    steps = max(one.index(eos), two.index(eos))
+    computed = inputs_of(ours.llm, "forward", monkeypatch)
+    sample.generate_ids(ours, images, rows, max_new_tokens=40, eos=eos)
+    assert [x.shape[:2] for x in computed[1:]] == [(2, 1)] * steps and 3 <= steps < 39
+
+
+@pytest.mark.parametrize(
+    "top_k, top_p, shares",
+    [
+        (0, 1, [3, 4, 1, 2]),
+        (3, 1, [3, 4, 0, 2]),
+        (9, 0.6, [3, 4, 0, 0]),
+        (2, 0.5, [0, 1, 0, 0]),  # the share is one of what top_k has left
+    ],
+)
+def test_draws_follow_softmax_after_temperature_top_k_and_top_p(
+    pair, monkeypatch, top_k, top_p, shares
+):
+    _, ours = pair
+    logits = torch.tensor([9.0, 16, 1, 4]).log()
+    monkeypatch.setattr(ours.llm, "head", lambda hidden: logits.expand(len(hidden), 4))
+    drawn = dict(temperature=2, top_k=top_k, top_p=top_p, max_new_tokens=1, eos=-1)
+    said = sample.generate_ids(ours, [], [[3]] * 4000, **drawn)
+    seen = torch.bincount(torch.tensor(said)[:, 0], minlength=4)
+    wanted = 4000 * torch.tensor(shares) / sum(shares)
+    assert (seen - wanted).abs().max() < 120
+
+
+# ---- pictures and text in, text out ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -69,134 +172,116 @@ def loaded(made):
     return support.start.load_model(made / "ck", device="cpu")
 
 
-def command(capsys, *argv):
-    """(exit code, what was printed, what was complained about) of sample.py in this process."""
-    code = run(lambda: sample.main([str(a) for a in argv]))
-    out, err = capsys.readouterr()
-    return code, out, err
-
-
 def test_strings_in_and_out_are_the_ids_of_generate_ids(loaded, made):
     model, tokenizer = loaded
-    one, two = (Image.open(made / f"photos/{n}.png").convert("RGB") for n in ("wide", "tall"))
-    texts = [
-        prompt("vqa", "what is it?"),
-        "no picture here",
-        prompt("caption"),
-        "<ImageHere> and <ImageHere>",
-    ]
-    said = sample.generate(model, tokenizer, [one, None, one, [two, one]], texts, max_new_tokens=9)
-    pixels = torch.stack([sample.square(im, 32) for im in (one, one, two, one)])
+    one, two = (sample.open_image(made / f"photos/{name}.png") for name in ("wide", "tall"))
+    texts = [prompt("vqa", "what is it?"), "no picture here", "<ImageHere> and <ImageHere>"]
+    drawn = dict(max_new_tokens=9, temperature=2.0, seed=5)
+    said = sample.generate(model, tokenizer, [one, None, [two, one]], texts, **drawn)
+    pixels = [sample.square(image, 32) for image in (one, two, one)]
     tokens = [encode_prompt(tokenizer, text, 4) for text in texts]
-    ids = sample.generate_ids(model, pixels, tokens, max_new_tokens=9, eos=tokenizer.eos)
-    assert said == [tokenizer.decode(row) for row in ids] and len(set(said)) == 4
-    padded = sample.generate(model, tokenizer, [one], texts[:1], pad=True, max_new_tokens=9)
+    ids = sample.generate_ids(model, pixels, tokens, eos=tokenizer.eos, **drawn)
+    assert said == [tokenizer.decode(row) for row in ids]
+    assert len(set(said)) == 3
+    padded = sample.generate(model, tokenizer, [one], texts[:1], pad=True, **drawn)
     assert padded != said[:1], "a padded picture is another picture"
-    with pytest.raises(BadInput, match="300"):
-        sample.generate(model, tokenizer, [None], ["long " * 300])
 
 
-def whole(model, tokenizer, image, turns, n):
-    """The answer to the last question, computed without a cache from turn to turn."""
-    ids = encode_prompt(
-        tokenizer, SYSTEM + f"USER: <image><ImageHere>\n{turns[0][0]} ASSISTANT:", 4
-    )
-    for (_, said), (question, _) in zip(turns, turns[1:]):
-        ids += (
-            said
-            + [tokenizer.eos]
-            + encode_prompt(tokenizer, f"USER: {question} ASSISTANT:", 4, bos=False)
-        )
-    return sample.generate_ids(
-        model, sample.square(image, 32, pad=True)[None], [ids], max_new_tokens=n, eos=tokenizer.eos
-    )[0]
-
-
-def test_a_chat_with_its_cache_says_what_one_without_says(loaded, made, monkeypatch):
+def test_a_chat_with_its_cache_says_what_one_without_says_also_after_an_answer_cut_short(
+    loaded, made, monkeypatch
+):
     model, tokenizer = loaded
-    image, fed = sample.open_image(made / "photos/wide.png"), []
-    forward = model.llm.forward
-    monkeypatch.setattr(
-        model.llm, "forward", lambda x, *a: fed.append(x.shape[1]) or forward(x, *a)
-    )
-    talk, turns = sample.Chat(model, tokenizer, image), []
-    for question in ("what is it?", "and where?", "thank you"):
-        fed.clear()
-        text = "".join(talk.ask(question, max_new_tokens=12))
-        asked = len(encode_prompt(tokenizer, f"USER: {question} ASSISTANT:", 4, bos=False))
-        assert not turns or fed[0] <= asked + 2, (
-            "a turn computes what is new: the last token, the eos, the question"
-        )
-        turns.append((question, None))
-        said = whole(model, tokenizer, image, turns, 12)
-        assert text == tokenizer.decode(said) and talk.ids[len(talk.ids) - len(said) :] == said
-        turns[-1] = (question, said)
+    image = sample.open_image(made / "photos/wide.png")
+    picture = sample.square(image, 32, pad=True)
 
+    def without_cache(ids):
+        return sample.generate_ids(model, [picture], [ids], max_new_tokens=12)[0]
 
-def test_an_answer_that_is_cut_short_is_what_the_next_turn_remembers(loaded, made):
-    model, tokenizer = loaded
-    image = sample.open_image(made / "photos/tall.png")
     talk = sample.Chat(model, tokenizer, image)
-    answer = talk.ask("what is it?", max_new_tokens=30)
-    next(answer)
-    next(answer)
+    answer = talk.ask("what?", max_new_tokens=12)
+    cut = "".join(islice(answer, 2))
     answer.close()
-    prompt_ids = encode_prompt(
-        tokenizer, SYSTEM + "USER: <image><ImageHere>\nwhat is it? ASSISTANT:", 4
-    )
-    cut = talk.ids[len(prompt_ids) :]
-    assert 2 <= len(cut) < 30
-    text = "".join(talk.ask("and where?", max_new_tokens=10))
-    assert text == tokenizer.decode(
-        whole(model, tokenizer, image, [("what is it?", cut), ("and where?", None)], 10)
-    )
+    first = encode_prompt(tokenizer, prompt("chat", "what?"), 4)
+    whole = without_cache(first)
+    shown = whole[:3]  # the first of these has no letter of its own
+    assert talk.ids == first + shown and cut == tokenizer.decode(shown)
+    turn = encode_prompt(tokenizer, "USER: and where? ASSISTANT:", 4, bos=False)
+    asked = [*talk.ids, tokenizer.eos, *turn]
+    computed = inputs_of(model.llm, "forward", monkeypatch)
+    said = "".join(talk.ask("and where?", max_new_tokens=12))
+    assert computed[0].shape[1] <= len(turn) + 2, "the last token, the eos, the question"
+    want = without_cache(asked)
+    assert talk.ids == asked + want and said == tokenizer.decode(want)
     talk.start(image)
-    again = "".join(talk.ask("what is it?", max_new_tokens=30))
-    assert again.startswith(tokenizer.decode(cut).rstrip("\ufffd")), "a reset forgets all of it"
+    assert "".join(talk.ask("what?", max_new_tokens=12))
+    assert talk.ids == first + whole, "a reset forgets all of it"
+
+
+def test_a_character_that_comes_in_bytes_is_shown_once_it_is_whole(loaded, monkeypatch):
+    tokens = [torch.tensor(i) for i in loaded[1].encode("so 🙂 it is")]
+    monkeypatch.setattr(sample, "decode", lambda *_, **__: iter(tokens))
+    assert "".join(sample.Chat(*loaded).ask("hello")) == "so 🙂 it is"
 
 
 def test_a_chat_fills_its_context_and_says_so(loaded):
     talk = sample.Chat(*loaded)
-    said = "".join(talk.ask("tell me everything", max_new_tokens=1024))
-    assert said and len(talk.ids) <= 300
-    if len(talk.ids) < 300:
-        talk.ids += [5] * (299 - len(talk.ids))
+    assert "".join(talk.ask("tell me everything", max_new_tokens=1024))
+    assert len(talk.ids) == 300
     with pytest.raises(BadInput, match="context is 300"):
         next(talk.ask("go on"))
 
 
-def test_the_chat_of_the_command_line_takes_its_commands(made, capsys, monkeypatch):
-    monkeypatch.chdir(made)
-    monkeypatch.setattr(
-        sample.Chat,
-        "ask",
-        lambda self, line, **_: iter(
-            ["it is at ", "<box>(0.10,0.20),(0.50,0.90)</box>"] if self.image else ["blind"]
-        ),
-    )
-    lines = [
-        "hello",
-        f"/image {made / 'photos/wide.png'}",
-        "/box on",
-        "where?",
-        "/box off",
-        "where?",
-        "/nonsense",
-        "/image nowhere.png",
-        "/image " + "far " * 99 + "away.png",
-        "/image broken.png",
-        "",
-        "  ",
-        "/reset",
-        "<ImageHere>",
-        "/box on",
-        "where?",
-    ]
-    monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(lines) + "\n"))
-    code, out, err = command(capsys, "--ckpt", made / "ck", "--device", "cpu")
+# ---- the command line ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def command(made, tmp_path, capsys, monkeypatch):
+    """sample.py beside `made`'s files -> (exit code, what was printed, what was complained about)"""
+    for path in made.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    monkeypatch.chdir(tmp_path)
+
+    def command(line, typed=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+        argv = shlex.split("--ckpt ck --device cpu " + line)
+        code = run(lambda: sample.main(argv))
+        return code, *capsys.readouterr()
+
+    return command
+
+
+WIDE = "--image photos/wide.png "
+BOX = "<box>(0.10,0.20),(0.50,0.90)</box>"
+
+
+def test_the_chat_of_the_command_line_takes_its_commands(command, monkeypatch):
+    def ask(self, line, **_):
+        return iter(["it is at ", BOX] if self.image else ["blind"])
+
+    monkeypatch.setattr(sample.Chat, "ask", ask)
+    typed = f"""hello
+/image photos/wide.png
+/box on
+where?
+/box off
+where?
+/nonsense
+/image nowhere.png
+/image {"far " * 99}away.png
+/image broken.png
+
+
+/reset
+<ImageHere>
+/box on
+where?
+"""
+    code, out, err = command("", typed)
     assert (code, err) == (0, "")
-    assert out.startswith("blind\n") and out.count("it is at <box>") == 3
+    assert out.startswith("blind\n")
+    assert out.count("it is at <box>") == 3
     assert out.count("[box.png: the box in pixels is [9.0, 8.0, 45.0, 36.0]]") == 2
+    assert Image.open("box.png")
     for hint in (
         "the commands are",
         "nowhere.png: no such image",
@@ -205,10 +290,9 @@ def test_the_chat_of_the_command_line_takes_its_commands(made, capsys, monkeypat
         "reserved mark",
     ):
         assert out.count(hint) == 1, hint
-    assert Image.open("box.png").size[1] == 448
 
 
-def test_ctrl_c_ends_the_answer_and_not_the_talk(made, capsys, monkeypatch):
+def test_ctrl_c_ends_the_answer_and_not_the_talk(command, monkeypatch):
     def interrupted(self, line, **_):
         yield "half an "
         if line == "one":
@@ -217,287 +301,85 @@ def test_ctrl_c_ends_the_answer_and_not_the_talk(made, capsys, monkeypatch):
         yield "answer"
 
     monkeypatch.setattr(sample.Chat, "ask", interrupted)
-    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n"))
-    code, out, err = command(capsys, "--ckpt", made / "ck", "--device", "cpu")
-    assert (code, out, err) == (0, "half an word ...\nhalf an answer\n\n", "")
-
-
-def test_a_closed_pipe_and_no_terminal_end_in_peace(made):
-    p = subprocess.Popen(
-        [sys.executable, ROOT / "sample.py", "--ckpt", made / "ck", "--device", "cpu"],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    p.stdin.write(b"hello\n" * 3)
-    p.stdin.flush()
-    p.stdout.read(1)
-    p.stdout.close()
-    p.stdin.close()
-    assert p.wait(60) == 0 and p.stderr.read() == b""
-
-
-TASKS = [
-    ("caption", None),
-    ("vqa", "what is it?"),
-    ("ground", "the dog"),
-    ("region", "0.1,0.2,0.6,.7"),
-    ("chat", "hello"),
-]
-
-
-@pytest.mark.parametrize("task, text", TASKS)
-def test_every_task_answers_on_a_picture_and_on_a_folder(made, capsys, tmp_path, task, text):
-    argv = ["--ckpt", made / "ck", "--device", "cpu", "--task", task, "--max-new-tokens", 6]
-    argv += ["--prompt", text] if text else []
-    code, out, err = command(
-        capsys, *argv, "--image", made / "photos/wide.png", "--json", "--save", tmp_path / "a.png"
-    )
-    answer = json.loads(out)
-    assert (code, err) == (0, "") and set(answer) == {
-        "image",
-        "task",
-        "prompt",
-        "answer",
-        "box",
-        "pixels",
-    }
-    assert (
-        answer["task"] == task
-        and answer["prompt"] == text
-        and answer["answer"]
-        and Image.open(tmp_path / "a.png")
-    )
-    if task == "region":  # the box that was asked about is drawn
-        drawn = np.asarray(Image.open(tmp_path / "a.png").convert("RGB"))
-        (h, w), box = drawn.shape[:2], [float(v) for v in text.split(",")]
-        assert (
-            drawn[round((box[1] + box[3]) / 2 * h), round(box[0] * w) - 1] == support.drawing.NAMED
-        ).all()
-    code, out, err = command(
-        capsys, *argv, "--image", made / "photos", "--save", tmp_path / "b.png"
-    )
-    lines = out.splitlines()
-    assert (code, err, len(lines)) == (0, "", 3) and [
-        Path(line.split(": ")[0]).stem for line in lines
-    ] == ["small", "tall", "wide"]
-    assert Image.open(tmp_path / "b.png").width == 3 * (support.drawing.CELL + 8) + 8
-    if task in ("caption", "ground"):
-        alone = command(capsys, *argv, "--image", made / "photos/wide.png")[1]
-        assert lines[2].endswith(alone.strip()), "a folder gives what each picture gives alone"
-
-
-def test_sampling_is_repeatable_by_seed(made, capsys):
-    argv = [
-        "--ckpt",
-        made / "ck",
-        "--device",
-        "cpu",
-        "--image",
-        made / "photos/wide.png",
-        "--prompt",
-        "hello",
-        "--max-new-tokens",
-        12,
-        "--temperature",
-        9,
-        "--top-p",
-        0.9,
-        "--top-k",
-        200,
-    ]
-    said = [command(capsys, *argv, "--seed", seed)[1] for seed in (1, 1, 2)]
-    assert said[0] == said[1] != said[2]
-
-
-WRONG = [
-    (["--image", "nowhere.png"], "nowhere.png"),
-    (["--image", "broken.png"], "broken.png"),
-    (["--image", "photos", "--task", "vqa", "--prompt", " "], "--prompt"),
-    (["--image", "photos/wide.png", "--task", "vqa"], "--prompt"),
-    (["--image", "photos/wide.png", "--task", "chat", "--prompt", ""], "--prompt"),
-    (["--image", "photos/wide.png", "--task", "vqa", "--prompt", "a <ImageHere> b"], "<ImageHere>"),
-    (["--image", "photos/wide.png", "--prompt", "word " * 400], "context"),
-    (["--image", "photos/wide.png", "--task", "caption", "--prompt", "x"], "--prompt"),
-    (["--image", "photos/wide.png", "--task", "region", "--prompt", "here"], "x1,y1,x2,y2"),
-    (["--image", "photos/wide.png", "--task", "region", "--prompt", "0.5,0.5,0.1,0.1"], "x1"),
-    (["--image", "photos/wide.png", "--task", "region", "--prompt", "1,2,3,4"], "x1"),
-    (["--task", "vqa", "--prompt", "x"], "--image"),
-    (["--image", "photos"], "name a file"),
-    (["--image", "photos/wide.png", "--json"], "--json"),
-    (["--save", "x.png"], "--save"),
-    (["--image", "photos/wide.png", "--beams", "3"], "--beams"),
-    (["--image", "photos/wide.png", "--prompt", "x", "--beams", "0"], "--beams"),
-    (
-        ["--image", "photos/wide.png", "--prompt", "x", "--beams", "3", "--temperature", "1"],
-        "choose one",
-    ),
-    (["--image", "photos/wide.png", "--prompt", "x", "--temperature", "-1"], "--temperature"),
-    (["--image", "photos/wide.png", "--prompt", "x", "--temperature", "nan"], "--temperature"),
-    (["--image", "photos/wide.png", "--prompt", "x", "--top-p", "0.5"], "--temperature"),
-    (
-        ["--image", "photos/wide.png", "--prompt", "x", "--temperature", "1", "--top-p", "0"],
-        "--top-p",
-    ),
-    (["--image", "photos/wide.png", "--prompt", "x", "--max-new-tokens", "0"], "--max-new-tokens"),
-    (
-        [
-            "--image",
-            "photos/wide.png",
-            "--prompt",
-            "x",
-            "--max-new-tokens",
-            "3",
-            "--save",
-            "no/such/x.png",
-        ],
-        "x.png",
-    ),
-    (
-        [
-            "--image",
-            "photos/wide.png",
-            "--prompt",
-            "x",
-            "--max-new-tokens",
-            "3",
-            "--save",
-            "x.nonsense",
-        ],
-        "x.nonsense",
-    ),
-    (["--image", "ck", "--task", "caption"], "no picture"),
-    (["--ckpt", "photos"], "photos"),
-    (["--ckpt", "broken.png"], "broken.png"),
-    (["--ckpt", "nowhere"], "nowhere"),
-    (["--tokenizer", "broken.png"], "broken.png"),
-]
+    assert command("", "one\ntwo\n") == (0, "half an word ...\nhalf an answer\n\n", "")
 
 
 @pytest.mark.parametrize(
-    "argv, names", WRONG, ids=lambda x: " ".join(x)[:50] if isinstance(x, list) else ""
+    "task, text",
+    [("caption", ""), ("region", "0.1,0.2,0.6,.7"), ("chat", "hello")],
 )
-def test_a_wrong_input_is_one_sentence_and_exit_code_2(made, capsys, monkeypatch, argv, names):
-    monkeypatch.chdir(made)
-    if "--ckpt" not in argv:
-        argv = ["--ckpt", "ck", *argv]
-    code, out, err = command(capsys, *argv, "--device", "cpu")
-    assert code == 2 and names in err and err.count("\n") == 1 and "Traceback" not in err, err
+def test_every_task_answers_on_a_picture_and_on_a_folder(command, task, text):
+    flags = f"--task {task} --prompt '{text}' --max-new-tokens 6"
+    code, out, err = command(flags + " --image photos/wide.png --json --save one.png")
+    assert (code, err) == (0, "")
+    answer = json.loads(out)
+    said = answer.pop("answer")
+    asked = {"image": "photos/wide.png", "task": task, "prompt": text}
+    assert said and answer == asked | {"box": None, "pixels": None}
+    drawn = Image.open("one.png").convert("RGB")
+    if task == "region":  # the box that was asked about is drawn
+        w, h = drawn.size
+        assert drawn.getpixel((round(0.1 * w) - 1, round(0.45 * h))) == NAMED
+    code, out, err = command(flags + " --image photos --save all.png")
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert len(lines) == 3
+    assert lines[2] == f"photos/wide.png: {said}", "a folder gives what each picture gives alone"
+    assert Image.open("all.png").width > 3 * 256
+
+
+def test_a_box_that_is_named_is_given_in_pixels_of_its_picture(command, monkeypatch):
+    monkeypatch.setattr(sample, "generate", lambda *_, **__: [BOX])
+    _, out, _ = command("--image photos/wide.png --task ground --prompt dog --json")
+    answer = json.loads(out)
+    assert answer["box"] == [0.1, 0.2, 0.5, 0.9]
+    assert answer["pixels"] == [9, 8, 45, 36]
+
+
+def test_a_single_answer_is_the_first_of_a_chat(command):
+    flags = WIDE + "--max-new-tokens 6 "
+    _, said, _ = command(flags + "--prompt hello")
+    assert command(flags, "hello\n") == (0, said + "\n", "")
+
+
+def test_sampling_is_repeatable_by_seed(command):
+    flags = WIDE + "--task vqa --prompt hello --temperature 9 --top-k 200 --top-p 0.9"
+    said = [command(f"{flags} --seed {seed}")[1] for seed in (1, 1, 2)]
+    assert said[0] == said[1] != said[2]
+
+
+@pytest.mark.parametrize(
+    "line, names",
+    [
+        ("--image nowhere.png", "nowhere.png"),
+        ("--image broken.png", "broken.png"),
+        ("--image photos", "name a file"),
+        ("--image ck --task caption", "no picture"),
+        ("--image '' --task vqa --prompt x", "--image"),
+        ("--task vqa --prompt ' '", "--prompt"),
+        ("--task chat --prompt ''", "--prompt"),
+        ("--task caption --prompt x", "--prompt"),
+        ("--prompt 'a <ImageHere> b'", "<ImageHere>"),
+        ("--prompt " + "word" * 400, "context"),
+        ("--task region --prompt here", "x1,y1,x2,y2"),
+        ("--json", "--json"),
+        ("--beams 3", "--beams"),
+        ("--prompt x --beams 0", "--beams"),
+        ("--prompt x --beams 3 --temperature 1", "choose one"),
+        ("--prompt x --temperature -1", "--temperature"),
+        ("--prompt x --top-p 0.5", "--temperature"),
+        ("--prompt x --top-k 5", "--temperature"),
+        ("--prompt x --temperature 1 --top-p 0", "--top-p"),
+        ("--prompt x --max-new-tokens 0", "--max-new-tokens"),
+        ("--prompt x --save no/such/x.png", "x.png"),
+        ("--prompt x --save x.nonsense", "x.nonsense"),
+        ("--image '' --save x.png", "--save"),
+        ("--ckpt photos", "photos"),
+        ("--ckpt broken.png", "broken.png"),
+        ("--tokenizer broken.png", "broken.png"),
+    ],
+)
+def test_a_wrong_input_is_one_sentence_and_exit_code_2(command, line, names):
+    code, out, err = command(WIDE + line)
+    assert code == 2 and names in err and err.count("\n") == 1, err
     assert out == "", "said before any work is done"
-
-
-def test_without_a_checkpoint_it_takes_the_newest_or_says_what_makes_one(
-    made, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.chdir(tmp_path)
-    code, _, err = command(capsys, "--prompt", "x")
-    assert code == 2 and "python train.py --stage all" in err
-    (tmp_path / "out/stage3").mkdir(parents=True)  # a run that has saved nothing yet
-    for name, age in (
-        ("stage1/step-00000100", 5),
-        ("stage2/step-00000002", 9),
-        ("stage1/step-00000020", 1),
-    ):
-        weights.save(tmp_path / "out" / name, tiny(), Tokenizer(TOKENIZER))
-        os.utime(tmp_path / "out" / name / "config.json", (age, age))
-    assert str(support.start.newest()) == "out/stage2/step-00000002"
-    named, _ = support.start.load_model(
-        "out/stage1/step-00000020/model.safetensors", device="cpu"
-    )  # as some name it
-    assert torch.equal(named.llm.embed.weight, tiny().llm.embed.weight)
-
-
-def test_it_opens_a_llava_folder_and_the_released_file(tmp_path, monkeypatch):
-    folder = oracle.folder(oracle.llava(vocab_size=700), tmp_path / "llava")
-    with pytest.raises(BadInput, match="no tokenizer.model; name LLaMA's with --tokenizer"):
-        support.start.load_model(folder, device="cpu")
-    model, _ = support.start.load_model(folder, TOKENIZER, device="cpu")
-    assert model.config.adapter == "mlp" and model.config.image_mark == "<ImageHere>"
-    args = sample.parse(["--image", str(ROOT), "--task", "vqa", "--prompt", "What?"])
-    asked = sample.question(args).replace(MARK, model.config.image_mark)
-    assert asked == "<ImageHere>Question:what? Short answer:"
-    (folder / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    assert support.start.load_model(folder, device="cpu")[1].size == Tokenizer(TOKENIZER).size
-    with pytest.raises(BadInput, match="pieces, more than the 104"):
-        support.start.load_model(
-            oracle.folder(oracle.llava(), tmp_path / "other"), TOKENIZER, device="cpu"
-        )
-
-    ours = tiny()
-    torch.save(released(ours), tmp_path / "InfMLLM.bin")
-    monkeypatch.setattr(support.start.models, "PRESETS", {"infmllm-7b": lambda: ours.config})
-    (tmp_path / "tokenizer.model").write_bytes(TOKENIZER.read_bytes())
-    model, tokenizer = support.start.load_model(tmp_path / "InfMLLM.bin", device="cpu")
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), ours.parameters()))
-
-
-@pytest.mark.parametrize("ground", ["black", "white", "gold", "noise"])
-def test_a_drawn_box_is_where_it_was_named_and_its_label_is_read_on_any_ground(ground):
-    image = Image.new("RGB", (640, 480), "black" if ground == "noise" else ground)
-    if ground == "noise":
-        image = Image.fromarray(np.random.default_rng(0).integers(0, 255, (480, 640, 3), np.uint8))
-    for box in ((0.25, 0.5, 0.75, 0.9), (0.0, 0.0, 1.0, 1.0), (0.9, 0.01, 1.0, 0.05)):
-        drawn = np.asarray(
-            support.drawing.draw_boxes(image, [(box, "a small dog", support.drawing.NAMED)])
-        ).astype(int)
-        x1, y1, x2, y2 = (round(v * s) for v, s in zip(box, (640, 480) * 2))
-        named = abs(drawn - support.drawing.NAMED).sum(2) < 30
-        assert named.sum() > 500
-        middle = drawn[(y1 + y2) // 2]
-        assert any(
-            abs(middle[min(x, 639)] - support.drawing.NAMED).sum() < 30
-            for x in range(max(0, x1 - 3), x1 + 4)
-        )
-        letters = drawn[named.any(1)].sum(2) < 60
-        assert letters.sum() > 40, "dark letters on the label's own ground, whatever is behind it"
-
-
-def test_labels_stay_inside_the_picture():
-    image, long = (
-        Image.new("RGB", (60, 60), "white"),
-        "a label that is far too long for such a small picture " * 2,
-    )
-    for box in ((0.0, 0.0, 0.1, 0.1), (0.9, 0.9, 1.0, 1.0), (0.4, 0.0, 0.6, 1.0)):
-        drawn = support.drawing.draw_boxes(image, [(box, long, support.drawing.WRONG)])
-        assert drawn.size == (448, 448), "small pictures grow, so that the label can be read"
-        assert (abs(np.asarray(drawn).astype(int) - support.drawing.WRONG).sum(2) < 30).sum() > 2000
-
-
-def test_labels_of_boxes_that_nearly_coincide_do_not_hide_one_another():
-    image = Image.new("RGB", (448, 448), "white")
-    for box in (
-        (0.2, 0.3, 0.6, 0.8),
-        (0.0, 0.0, 1.0, 1.0),
-        (0.3, 0.0, 0.7, 0.5),
-        (0.3, 0.5, 0.7, 1.0),
-    ):
-        near = tuple(v * 0.98 for v in box)
-
-        def ground(drawn, colour):
-            return (abs(np.asarray(drawn).astype(int) - colour).sum(2) < 12).sum()
-
-        both = support.drawing.draw_boxes(
-            image,
-            [(box, "a thing", support.drawing.TRUE), (near, "a thing", support.drawing.NAMED)],
-        )
-        alone = [
-            support.drawing.draw_boxes(image, [(b, "a thing", c)])
-            for b, c in ((box, support.drawing.TRUE), (near, support.drawing.NAMED))
-        ]
-        bare = [
-            support.drawing.draw_boxes(image, [(b, "", c)])
-            for b, c in ((box, support.drawing.TRUE), (near, support.drawing.NAMED))
-        ]
-        for one, line, colour in zip(alone, bare, (support.drawing.TRUE, support.drawing.NAMED)):
-            label = ground(one, colour) - ground(line, colour)
-            assert ground(both, colour) > 0.8 * label, (box, colour)
-
-
-def test_a_sheet_has_room_for_its_longest_text(tmp_path):
-    cells = [(Image.new("RGB", (9, 9)), [], "short", support.drawing.RIGHT)]
-    support.drawing.sheet(cells * 5, tmp_path / "short.png")
-    cells += [(Image.new("RGB", (9, 9)), [], "some words that need more lines " * 4, (0, 0, 0))]
-    support.drawing.sheet(cells * 3, tmp_path / "long.png")
-    short, long = (Image.open(tmp_path / f"{name}.png").height for name in ("short", "long"))
-    assert long - short > 100, "two rows have room for four lines, and not for one"

@@ -4,94 +4,139 @@ import json
 import multiprocessing
 import os
 import random
+import runpy
+import shlex
 import socket
 import sys
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from PIL import Image
 
+import support.log
 import support.ranks
 import weights.checkpoint
-from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
+from model import IGNORE, IMAGE, Config, InfMLLM, LlamaConfig, ViTConfig, init
 from text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets/toy/tokenizer.model"
-COLOURS = {
-    "red": (222, 40, 44),
-    "green": (36, 160, 56),
-    "blue": (44, 84, 224),
-    "cyan": (40, 200, 214),
-}
 
 
-def model(seed=0):
-    vocab = Tokenizer(TOKENIZER).size
-    config = Config(
-        ViTConfig(16, 4, 16, 2, 2, 32), LlamaConfig(vocab, 32, 2, 2, 1, 48, context=256), grid=2
-    )
-    return init(InfMLLM(config), seed)
+def model(seed=0, pixels=16, context=256):
+    vit = ViTConfig(pixels, pixels // 4, 16, 2, 2, 32)
+    llm = LlamaConfig(Tokenizer(TOKENIZER).size, 32, 2, 2, 1, 48, context=context)
+    return init(InfMLLM(Config(vit, llm, grid=2)), seed)
 
 
-def world(folder, scenes=24, stages=(1, 2, 3)):
+def world(folder):
     """out/toy with a mixture per stage and a held-out one, and `start`, a checkpoint of a random model."""
     toy, rng = Path(folder) / "out/toy", random.Random(0)
     (toy / "images").mkdir(parents=True)
-    chat, vqa, captions = [], [], []
-    for n in range(scenes):
-        colour = rng.choice(list(COLOURS))
-        Image.new("RGB", (16, 16), COLOURS[colour]).save(toy / f"images/{n}.png")
-        captions.append(
-            {"image": f"{n}.png", "question": "what", "answers": [f"a {colour} ground"]}
-        )
-        vqa.append({"image": f"{n}.png", "question": "which colour?", "answers": [colour]})
-        turns = [
-            ("human", "say a colour"),
-            ("gpt", f"{colour} " * rng.randint(1, 9)),
-        ] * rng.randint(1, 2)
-        chat.append(
-            {"id": n, "conversations": [{"from": who, "value": text} for who, text in turns]}
-        )
+    rows = {"captions": [], "vqa": [], "chat": []}
+    for n in range(24):
+        name = f"{n}.png"
+        colour = rng.choice(["red", "green", "blue", "cyan"])
+        Image.new("RGB", (16, 16), colour).save(toy / "images" / name)
+        caption = {"question": "what", "answers": [f"a {colour} ground"]}
+        rows["captions"].append({"image": name} | caption)
+        rows["vqa"].append({"image": name, "question": "which colour?", "answers": [colour]})
+        asked = {"from": "human", "value": "say a colour"}
+        said = {"from": "gpt", "value": f"{colour} " * rng.randint(1, 9)}
+        chat = {"id": n, "conversations": [asked, said] * rng.randint(1, 2)}
         if n % 3 == 0:  # two of three talk about no picture
-            chat[-1]["image"] = f"{n}.png"
-            chat[-1]["conversations"][0] = {"from": "human", "value": "<image>\nname it"}
-    for name, rows in (("captions", captions), ("vqa", vqa), ("chat", chat)):
-        (toy / f"{name}.json").write_text(json.dumps(rows))
-    source = lambda name, kind: (
-        f'[[source]]\nname = "{name}"\nformat = "{kind}"\nannotations = "{name}.json"\n'
-        'images = "images"\n'
-    )
-    tables = {
-        "captions": source("captions", "vqa") + "crop = false\n",
-        "vqa": source("vqa", "vqa") + "crop = false\n",
-        "chat": source("chat", "conversations"),
-    }
-    for name, used in {
+            chat["image"] = name
+            chat["conversations"][0] = {"from": "human", "value": "<image>\nname it"}
+        rows["chat"].append(chat)
+    tables = {}
+    for name, records in rows.items():
+        (toy / f"{name}.json").write_text(json.dumps(records))
+        kind = "conversations" if name == "chat" else "vqa"
+        tables[name] = (
+            f'[[source]]\nname = "{name}"\nformat = "{kind}"\nannotations = "{name}.json"\n'
+            'images = "images"\ncrop = false\n'
+        )
+    for mixture, names in {
         "stage1": ["captions"],
         "stage2": ["captions", "vqa"],
         "stage3": ["vqa", "chat"],
         "heldout": ["captions", "vqa", "chat"],
     }.items():
-        (toy / f"{name}.toml").write_text("\n".join(tables[t] for t in used))
-    weights.checkpoint.save(
-        Path(folder) / "start", model(), Tokenizer(TOKENIZER), {"preset": "toy"}
-    )
+        (toy / f"{mixture}.toml").write_text("\n".join(tables[name] for name in names))
+    tokenizer = Tokenizer(TOKENIZER)
+    weights.checkpoint.save(Path(folder) / "start", model(), tokenizer, {"preset": "toy"})
     return Path(folder)
 
 
-class LowRank(torch.nn.Module):
-    """A fork's module in the place of an nn.Linear: its own weights train and its base stays."""
+def talk(folder):
+    """What sample.py is asked about: `ck`, a model with clear opinions (its answers differ from picture to picture and
+    from prompt to prompt), and pictures."""
+    talker = model(pixels=32, context=300)
+    for p in talker.parameters():
+        if p.ndim > 1:
+            p.data *= 12
+    weights.checkpoint.save(folder / "ck", talker, Tokenizer(TOKENIZER))
+    (folder / "photos").mkdir()
+    rng = np.random.default_rng(0)
+    for name, (w, h) in {"wide": (90, 40), "tall": (40, 90), "small": (24, 24)}.items():
+        pixels = rng.integers(0, 255, (h, w, 3), np.uint8)
+        Image.fromarray(pixels).save(folder / f"photos/{name}.png")
+    (folder / "photos/notes.txt").write_text("no picture")
+    (folder / "broken.png").write_text("no picture either")
+    return folder
 
-    def __init__(self, base, rank=2):
-        super().__init__()
-        self.base = base
-        self.base.frozen = True
-        self.down = torch.nn.Linear(base.in_features, rank, bias=False)
-        self.up = torch.nn.Linear(rank, base.out_features, bias=False)
 
-    def forward(self, x):
-        return self.base(x) + self.up(self.down(x))
+def same(a, b):
+    """Whether two models have equal weights of equal dtypes."""
+    for name, p in a.named_parameters():
+        q = b.get_parameter(name)
+        if p.dtype != q.dtype or not torch.equal(p, q):
+            return False
+    return True
+
+
+IMG = [IMAGE] * 4  # where an image of `network` stands in a row of tokens
+
+
+def network(layers=2, **changed):
+    """A random model of 32 pixels and 50 words, whose weights are large enough to matter."""
+    vit = ViTConfig(32, 8, 24, 2, 3, 40)
+    llm = LlamaConfig(50, 32, layers, 4, 2, 48)
+    m = init(InfMLLM(Config(vit, llm, **dict(grid=2) | changed)))
+    with torch.no_grad():
+        for p in m.parameters():
+            if p.ndim > 1:
+                p.mul_(6)  # 0.02 is too timid for a test of anything
+            else:
+                rng = torch.Generator().manual_seed(p.numel())
+                p.add_(0.1 * torch.randn(p.shape, generator=rng))
+    return m
+
+
+def text(n, seed=1):
+    return torch.randint(3, 50, (n,), generator=torch.Generator().manual_seed(seed)).tolist()
+
+
+def pictures(n, seed=1):
+    rng = torch.Generator().manual_seed(seed)
+    return torch.randint(256, (n, 3, 32, 32), generator=rng).byte()
+
+
+def rows(*lists):
+    """Rows of unequal length as one (B,T), padded with 0."""
+    T = max(map(len, lists))
+    return torch.tensor([row + [0] * (T - len(row)) for row in lists])
+
+
+def batch():
+    """Images, tokens and targets of two rows with an image and one without."""
+    tokens = rows([1] + IMG + text(7), [1] + IMG + text(11, 2), [1] + text(5, 3))
+    targets = torch.full_like(tokens, IGNORE)
+    for row, (begin, end) in enumerate(((8, 11), (9, 15), (2, 5))):
+        targets[row, begin:end] = tokens[row, begin + 1 : end + 1]
+    return pictures(2), tokens, targets
 
 
 SWAPPED = (
@@ -107,10 +152,13 @@ SWAPPED = (
 
 
 def swap(model, names=SWAPPED):
+    """A fork's modules in the place of some nn.Linears."""
+    from examples.lora import LowRank
+
     for name in names:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)
-        setattr(owner, leaf, LowRank(getattr(owner, leaf)))
+        setattr(owner, leaf, LowRank(getattr(owner, leaf), rank=2))
     return model
 
 
@@ -124,39 +172,22 @@ def swapping(build):
     return built
 
 
-def recording(train, path):
-    """train.gradients, which also writes the gradients of the first step to a file."""
-    gradients = train.gradients
-
-    def recorded(run, batches, supervised):
-        loss = gradients(run, batches, supervised)
-        if run.step == 0:
-            grads = {
-                n: train.in_one_piece(p.grad)
-                for n, p in run.model.named_parameters()
-                if p.requires_grad
-            }
-            if run.ranks.rank == 0:
-                torch.save(grads, path)
-        return loss
-
-    return recorded
-
-
-def child(folder, argv, env, record, slow, swapped):
-    """train.main in a process of its own; what it says goes to a file."""
-    os.environ.update(env)
+def settle(folder, name="said.txt"):
+    """A process of its own begins: in this folder, where a file keeps what it says."""
     os.chdir(folder)
-    name = f"said{env.get('RANK', '')}.txt"
     for number in (1, 2):
         os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     torch.set_num_threads(1)
-    import time
+    sys.modules["matplotlib"] = None  # takes longer than the run
 
+
+def child(folder, argv, env, slow, swapped):
+    """train.main in a process of its own."""
+    os.environ.update(env)
+    settle(folder, f"said{env.get('RANK', '')}.txt")
     import train
 
     update = train.update
-    train.plot = lambda folder: None  # matplotlib takes longer than the run
 
     def slowed(*args):
         update(*args)
@@ -164,66 +195,64 @@ def child(folder, argv, env, record, slow, swapped):
 
     if swapped:
         train.start.build = swapping(train.start.build)
-    if record:
-        train.gradients = recording(train, record)
     if slow:
         train.update = slowed
     support.ranks.PATIENCE = 1  # the ranks of a test stand side by side
-    Path("begun").write_text(str(os.getpid()))
     code = train.main([str(a) for a in argv])
     sys.stdout.flush()
     os._exit(code)
 
 
-def start(folder, *argv, world=1, record=None, slow=0.0, differ=None, places=None, swapped=False):
-    """-> processes that run train.py, `world` of them as ranks of one run; differ: {rank: flags of its own};
-    places: {rank: a current folder of its own}."""
-    os.environ["PYTHONPATH"] = str(ROOT)  # the server that forks them imports all once
+def command(folder, words):
+    settle(folder)
+    sys.argv = words
+    runpy.run_module(words[0].removesuffix(".py"), run_name="__main__")
+
+
+def typed(folder, line):
+    """A command such as `python train.py --stage 1`, typed there: (exit code, what it said)."""
+    (folder / "said.txt").unlink(missing_ok=True)
+    words = shlex.split(line.replace("python -m", "python"))[1:]
+    process = context().Process(target=command, args=(folder, words))
+    process.start()
+    return finish([process])[0], said(folder)
+
+
+def context():
+    """Processes are forked from a server that imports all once."""
+    os.environ["PYTHONPATH"] = str(ROOT)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["train", "torch._dynamo", "torch.distributed.fsdp"])
+    return context
+
+
+def start(folder, *argv, world=1, slow=0.0, differ=None, places=None, swapped=False):
+    """-> processes that run train.py, `world` of them as ranks of one run; differ: {rank: flags of its own};
+    places: {rank: a current folder of its own}."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    envs = (
-        [{}]
-        if world == 1
-        else [
-            {
-                "RANK": str(r),
-                "LOCAL_RANK": str(r),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
-            }
-            for r in range(world)
-        ]
-    )
-    processes = [
-        context.Process(
-            target=child,
-            args=(
-                (places or {}).get(r, folder),
-                (*argv, *(differ or {}).get(r, ())),
-                env,
-                record,
-                slow,
-                swapped,
-            ),
-        )
-        for r, env in enumerate(envs)
-    ]
-    for p in processes:
-        p.start()
+        port = s.getsockname()[1]
+    processes = []
+    for rank in range(world):
+        env = {}
+        if world > 1:
+            env = {"RANK": f"{rank}", "LOCAL_RANK": f"{rank}", "WORLD_SIZE": f"{world}"}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": f"{port}"}
+        where = (places or {}).get(rank, folder)
+        flags = (*argv, *(differ or {}).get(rank, ()))
+        how = (where, flags, env, slow, swapped)
+        processes.append(context().Process(target=child, args=how))
+        processes[-1].start()
     return processes
 
 
-def finish(processes, seconds=60):
+def finish(processes, seconds=300):
+    """Their exit codes; None for one that has not ended, which is killed."""
     for p in processes:
         p.join(seconds)
     codes = [p.exitcode for p in processes]
     for p in processes:
-        if p.is_alive():
-            p.kill()
+        p.kill()
     return codes
 
 
@@ -232,6 +261,4 @@ def said(folder):
 
 
 def losses(out):
-    return {
-        r["step"]: r["loss"] for r in map(json.loads, open(Path(out) / "log.jsonl")) if "loss" in r
-    }
+    return {r["step"]: r["loss"] for r in support.log.records(out) if "loss" in r}

@@ -1,0 +1,37 @@
+"""A table of names: what does not fit a model is named."""
+
+import layouts
+import pytest
+import tiny
+import torch
+
+import weights.infmllm
+from support.errors import BadInput
+
+
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("ln_vision.bias", None, "adapter.norm.bias: missing"),
+        ("lm_model.extra", torch.ones(2), "lm_model.extra: left over"),
+        ("pooler.mlp.0.weight", torch.ones(3, 3), "pooler.mlp.0.weight: misshapen"),
+        ("ln_vision.bias", torch.ones(24).int(), "ln_vision.bias: misshapen, .24. of torch.int32"),
+        ("adapter.norm.bias", torch.ones(24), "adapter.norm.bias is already filled"),
+        ("a\n\x1b[2Jb", torch.ones(1), r"\(a  \[2Jb: left over"),  # no commands to a terminal
+    ],
+)
+def test_tensors_that_do_not_fit_are_named(key, value, says, tmp_path):
+    ours = tiny.network()
+    state = layouts.released(ours) | {key: value}
+    if value is None:
+        del state[key]
+    torch.save(state, tmp_path / "x.pth")
+    with pytest.raises(BadInput, match=says):
+        weights.infmllm.load_infmllm(tmp_path / "x.pth", ours.config)
+
+
+def test_of_very_many_wrong_tensors_ten_are_listed(tmp_path):
+    torch.save({f"wrong{i}": torch.ones(1) for i in range(30)}, tmp_path / "x.pth")
+    with pytest.raises(BadInput, match="take the file") as e:
+        weights.infmllm.load_infmllm(tmp_path / "x.pth", tiny.network().config)
+    assert str(e.value).count(": left over") == 10

@@ -1,0 +1,65 @@
+"""The vision towers against transformers: CLIP, BLIP-2's EVA; and EVA's own file."""
+
+import layouts
+import oracle
+import pytest
+import tiny
+import torch
+
+import model
+import weights.towers
+from support.errors import BadInput
+from weights.rename import fill, on_meta
+
+DTYPES = (torch.float32, torch.float64)
+
+
+def images(size, dtype):
+    rng = torch.Generator().manual_seed(1)
+    return torch.randn(2, 3, size, size, generator=rng, dtype=dtype)
+
+
+@pytest.mark.parametrize("published", [False, True])
+@pytest.mark.parametrize("size", [56, 84, 42])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_clip_gives_hidden_state_minus_2_at_its_own_and_other_resolutions(
+    dtype, size, published, tmp_path
+):
+    theirs = oracle.clip().to(dtype)  # saved in float64, positions are resized in float64
+    folder = oracle.folder(theirs, tmp_path, published)
+    ours = weights.towers.load_vit(folder, None if size == 56 else size, dtype)
+    pixels = images(size, dtype)
+    with torch.no_grad():
+        want = theirs(pixels, output_hidden_states=True, interpolate_pos_encoding=size != 56)
+        oracle.assert_close(ours(pixels), want.hidden_states[-2])
+    # positions of another square are resized while a file is read, too
+    table = weights.towers.vit_table(weights.towers.TRANSFORMERS, ours.config)
+    assert tiny.same(fill(on_meta(model.ViT, ours.config), folder, table, dtype), ours)
+
+
+def test_the_eva_tower_equals_blip2s_up_to_its_last_block(tmp_path):
+    theirs = oracle.blip2()
+    theirs_last = []
+    theirs.encoder.layers[-1].register_forward_hook(lambda *call: theirs_last.append(call[-1]))
+    ours = weights.towers.load_vit(oracle.folder(theirs, tmp_path))
+    for dtype in DTYPES:
+        pixels = images(56, dtype)
+        with torch.no_grad():
+            theirs.to(dtype)(pixels)
+            oracle.assert_close(ours.to(dtype)(pixels), theirs_last.pop())
+
+
+def test_an_eva_file_loads_without_its_last_block_norm_and_head(tmp_path, monkeypatch):
+    small = dict(patch=56, width=24, layers=2, heads=2, mlp=40)
+    vit = oracle.randomise(model.ViT(model.ViTConfig(224, **small)))
+    names = ("blocks.2.attn.q_bias", "norm.weight", "fc_norm.bias", "head.weight")
+    unused = dict.fromkeys(names, torch.ones(24))
+    torch.save(layouts.eva(vit) | unused, tmp_path / "eva.pth")
+    monkeypatch.setattr(weights.towers, "EVA_G", small)
+    assert tiny.same(weights.towers.load_vit(tmp_path / "eva.pth"), vit)
+    assert weights.towers.load_vit(tmp_path / "eva.pth", 112).config.image_size == 112
+
+
+def test_a_tower_of_another_kind_is_refused():
+    with pytest.raises(BadInput, match="'siglip' is no vision tower known here"):
+        weights.towers.vit_config({"model_type": "siglip"}, "config.json")
