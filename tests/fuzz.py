@@ -13,7 +13,6 @@ import resource
 import signal
 import sys
 import tempfile
-import traceback
 import warnings
 import zlib
 from pathlib import Path
@@ -21,17 +20,14 @@ from pathlib import Path
 import oracle
 import tiny
 import torch
+from faults import forked
 from PIL import Image
 from small import tar_of
 
 import support.start
 import weights.checkpoint
-import weights.files
 import weights.llama
 from data import Data
-from formats.files import INDEXED, opened
-from formats.mixture import load_mixture
-from model import Config, InfMLLM, LlamaConfig, ViTConfig, init
 from support.errors import BadInput
 from text.tokenizer import Tokenizer
 
@@ -77,27 +73,21 @@ def outcome(do):
 
 
 def apart(work):
-    """work(say) in a forked process -> (lines that it said, its exit code)"""
+    """work(say) in a process of its own -> (lines that it said, its exit code)"""
     with tempfile.TemporaryFile("w+", errors="replace") as notes:
-        pid = os.fork()
-        if pid == 0:
-            code = 99
-            try:
-                torch.set_num_threads(1)
-                sys.stdout = open(os.devnull, "w")
-                warnings.simplefilter("ignore")
-                os.environ["XDG_CACHE_HOME"] = "/dev/null"  # no index is kept between inputs
-                most = 6 * GB  # of what a leak may take before it is one
-                resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-                work(lambda line: print(line, file=notes, flush=True))
-                code = 0
-            except BaseException:
-                traceback.print_exc()
-            finally:
-                os._exit(code)
-        code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+        def begin():
+            sys.stdout = open(os.devnull, "w")
+            warnings.simplefilter("ignore")
+            os.environ["XDG_CACHE_HOME"] = "/dev/null"  # no index is kept between inputs
+            most = 6 * GB  # of what a leak may take before it is one
+            resource.setrlimit(resource.RLIMIT_DATA, (most, most))
+            work(lambda line: print(line, file=notes, flush=True))
+
+        process = forked(begin)
+        process.join()
         notes.seek(0)
-        return notes.read().splitlines(), code
+        return notes.read().splitlines(), process.exitcode
 
 
 def fuzz(kind, folder, count, seed=0):
@@ -127,10 +117,8 @@ def fuzz(kind, folder, count, seed=0):
 NUMBERS = 0, 1, 127, 255, 65536, 2**31 - 1, 2**32 - 1, 2**40, 2**63, 2**64 - 1
 LEAVES = [
     None,
-    True,
     0,
     -1,
-    7,
     2**31,
     10**30,
     0.5,
@@ -149,9 +137,7 @@ LEAVES = [
     "\u202e\u4e2d",
     [],
     {},
-    [[]],
     {"": {}},
-    [1, 2, 3, 4],
     ["a.png"] * 9,
     {"sent": "x"},
 ]
@@ -334,13 +320,11 @@ class Mixtures:
 
     def read(self, raw):
         self.file.write_bytes(raw)
-        opened.cache_clear()
-        INDEXED.clear()
         self.everything(train=zlib.crc32(raw) % 2 == 0)
 
     def everything(self, train=True):
         data = Data(
-            load_mixture(str(self.folder / "m.toml"), train),
+            str(self.folder / "m.toml"),
             self.tokenizer,
             image_size=16,
             visual=4,
@@ -378,19 +362,16 @@ class Weights:
         self.kind = kind
         self.folder = folder / "c"
         if kind == "checkpoint":
-            llm = LlamaConfig(Tokenizer(tiny.TOKENIZER).size, 8, 1, 2, 1, 8, context=32)
-            model = init(InfMLLM(Config(ViTConfig(8, 4, 8, 1, 2, 8), llm, grid=2)))
-            weights.checkpoint.save(self.folder, model, Tokenizer(tiny.TOKENIZER))
+            weights.checkpoint.save(self.folder, tiny.model(), Tokenizer(tiny.TOKENIZER))
         else:
-            oracle.folder(oracle.llama(num_hidden_layers=1), self.folder)
+            model = oracle.llama(num_hidden_layers=1)
+            oracle.folder(model, self.folder)
         if kind == "pickle":
-            stored = self.folder / "model.safetensors"
-            state = {k: v.clone() for k, v in weights.files.load_tensors(stored).items()}
-            stored.unlink()
+            (self.folder / "model.safetensors").unlink()
             self.pickles = []
             for new in (True, False):
                 out = io.BytesIO()
-                torch.save(state, out, _use_new_zipfile_serialization=new)
+                torch.save(model.state_dict(), out, _use_new_zipfile_serialization=new)
                 self.pickles.append(out.getvalue())
         self.sound = {f.name: f.read_bytes() for f in self.folder.iterdir()}
 

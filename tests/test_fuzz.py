@@ -17,6 +17,7 @@ import tiny
 import torch
 from fuzz import READERS, Mixtures, apart, fuzz, outcome
 from PIL import Image
+from small import picture
 
 import sample
 import support.start
@@ -50,9 +51,6 @@ def mixture(folder, kind, content, name="f.json"):
 
 BOMBS = {  # what stands before, again and again, and behind; as vqa
     "brackets within brackets": (b"", b"[", b""),
-    "objects within objects": (b"", b'{"a":', b""),
-    "a list of empty lists": (b"[", b"[],", b"[]]"),
-    "a list of empty objects": (b"[", b"{},", b"{}]"),
     "one record of empty lists": (b'[{"a":[', b"[],", b"[]]}]"),
     "a list of numbers": (b"[", b"1,", b"1]"),
     "lines without anything": (b"{}", b"\n", b""),
@@ -117,40 +115,23 @@ def test_a_conversation_of_very_many_turns_is_cut_and_one_of_as_many_pictures_re
     assert code == 0 and max(map(float, lines)) < 30, lines
 
 
-def png(width, height, mode, rows=None):
-    chunk = lambda kind, body: (
-        struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
-    )
-    header = struct.pack(">IIBBBBB", width, height, *mode, 0, 0, 0)
-    rows = rows or zlib.compress(bytes(1000))
-    return b"\x89PNG\r\n\x1a\n" + b"".join(
-        chunk(kind, body) for kind, body in ((b"IHDR", header), (b"IDAT", rows), (b"IEND", b""))
-    )
-
-
 @pytest.mark.parametrize(
-    "width, height, mode",
-    [
-        (32_000, 32_000, (1, 0)),
-        (10**9, 1, (8, 2)),
-        (9_000, 9_000, (8, 6)),
-        (9_000, 9_000, (16, 0)),
-        (2**31 - 1, 2**31 - 1, (8, 2)),
-    ],
+    "mode, width, height",
+    [("1", 10_000, 9_000), ("RGBA", 9_000, 9_000), ("RGB", 2**31 - 1, 2**31 - 1)],
 )
-def test_a_picture_of_a_billion_pixels_is_refused_by_its_header(tmp_path, width, height, mode):
-    read = mixture(tmp_path, "image", png(width, height, mode), "im/a.png")
-    assert "pixels" in bounded(read)  # and not: is cut short
+def test_a_picture_of_a_billion_pixels_is_refused_by_its_header(tmp_path, mode, width, height):
+    out = io.BytesIO()
+    Image.new(mode, (9, 9)).save(out, "PNG")
+    raw = bytearray(out.getvalue())
+    raw[16:24] = struct.pack(">II", width, height)
+    raw[29:33] = struct.pack(">I", zlib.crc32(raw[12:29]))
+    assert "pixels" in bounded(mixture(tmp_path, "image", raw, "im/a.png"))
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("mode, bytes_each", [((8, 2), 3), ((8, 0), 1)])
-def test_the_largest_picture_that_is_let_in_stays_within_the_bounds(tmp_path, mode, bytes_each):
-    side = 9_400  # 88 million pixels, all there
-    pack = zlib.compressobj(1)
-    rows = b"".join(pack.compress(bytes(side * bytes_each + 1)) for _ in range(side)) + pack.flush()
-    read = mixture(tmp_path, "image", png(side, side, mode, rows), "im/a.png")
-    assert bounded(read) == "read"
+def test_the_largest_picture_that_is_let_in_stays_within_the_bounds(tmp_path):
+    raw = picture(size=(9_400, 9_400))  # 88 million pixels, all there
+    assert bounded(mixture(tmp_path, "image", raw, "im/a.png")) == "read"
 
 
 def test_a_picture_that_a_program_would_have_to_draw_is_none(tmp_path, monkeypatch):
@@ -182,40 +163,40 @@ class Attack:
 
 def test_no_file_of_weights_runs_code(tmp_path):
     marker = tmp_path / "marker"
-    attack = Attack(marker)
+    content = {"x": torch.ones(2), "y": Attack(marker)}
     for name, new in (("new.bin", True), ("old.pth", False)):
         file = tmp_path / name
-        torch.save({"x": torch.ones(2), "y": attack}, file, _use_new_zipfile_serialization=new)
+        torch.save(content, file, _use_new_zipfile_serialization=new)
         with pytest.raises(BadInput, match="refused|cannot be read"):
             weights.files.load_tensors(file)
         with pytest.raises(BadInput):
             support.start.load_model(file, tiny.TOKENIZER, device="cpu")
-    assert not marker.exists()
-    do, (command,) = attack.__reduce__()
-    do(command)
-    assert marker.exists(), "it would have worked"
+        assert not marker.exists()
+        torch.load(file, weights_only=False)
+        assert marker.exists(), "it would have worked"
+        marker.unlink()
 
 
 def test_names_and_links_in_a_tar_reach_nothing_outside(tmp_path):
     secret = tmp_path / "secret.png"
-    Image.new("RGB", (20, 20), "red").save(secret)
-    picture = secret.read_bytes()
+    secret.write_bytes(picture())
     (tmp_path / "w").mkdir()
     read = mixture(tmp_path / "w", "tar", b"", "t.tar")
     with tarfile.open(tmp_path / "w/t.tar", "w") as tar:
-        for name, kind, link in (
-            ("0.png", tarfile.SYMTYPE, str(secret)),
-            ("1.png", tarfile.LNKTYPE, "../secret.png"),
-            ("../secret.png", tarfile.REGTYPE, ""),
-            (str(secret), tarfile.REGTYPE, ""),
-        ):
+
+        def add(name, content, kind=tarfile.REGTYPE):
             member = tarfile.TarInfo(name)
-            member.type, member.linkname = kind, link
-            member.size = 0 if link else len(picture)
-            tar.addfile(member, io.BytesIO(picture))
-            member = tarfile.TarInfo(name.replace("png", "txt"))
-            member.size = 7
-            tar.addfile(member, io.BytesIO(b"a cross"))
+            member.type, member.linkname, member.size = kind, str(secret), len(content)
+            tar.addfile(member, io.BytesIO(content))
+
+        for name, content, kind in (
+            ("0.png", b"", tarfile.SYMTYPE),
+            ("1.png", b"", tarfile.LNKTYPE),
+            ("../secret.png", picture(), tarfile.REGTYPE),
+            (str(secret), picture(), tarfile.REGTYPE),
+        ):
+            add(name, content, kind)
+            add(name.replace("png", "txt"), b"a cross")
 
     def listen(event, args):
         assert event != "open" or not str(args[0]).endswith("secret.png")
