@@ -10,6 +10,7 @@ Names of dimensions: B rows, T tokens, N images, S pixels per side, V = P*P visu
 import itertools
 import zlib
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,6 +21,7 @@ from formats.pictures import (
     WHOLE,
     fractions,
     move_box,
+    other_way_round,
     padded_region,
     peek,
     random_region,
@@ -31,13 +33,21 @@ from support.errors import BadInput
 from support.processes import LOADERS, follow_the_trainer, held_back
 from text import encode_turns, truncate
 from text.boxes import format_box
-from text.templates import MARK, SYSTEM, TASKS, chat_turn, plain, prompt
+from text.templates import MARK, SYSTEM, TASKS, chat_turn, plain_caption, prompt
 
 BUCKET = 16  # T and the supervised count are rounded up to this: few shapes, 1% waste
 WINDOW = 128  # steps whose rows are sorted by length together; 1 keeps every batch mixed
 ROUND = 4096  # rows after which the mixture's shares are exact
 LOOKED_AT = 64  # samples of a source that are read at the start
+BOXED = ("ground", "region")  # tasks whose records have boxes
 TRIES = 100  # unreadable samples in a row before we give up
+
+
+def some(count, limit=None):
+    """Which of so many records are looked at: a random sample, always the same, in order; all without a limit."""
+    if not limit or limit >= count:
+        return list(range(count))
+    return sorted(np.random.default_rng(0).choice(count, limit, replace=False).tolist())
 
 
 def most_common(answers):
@@ -51,7 +61,7 @@ def to_turns(record, task, answer, image_mark, views):
         question, answer = turns[0]
         return [(SYSTEM + question, answer)] + turns[1:]
     if task == "caption":
-        return [(prompt(task), plain(answer, " "))]
+        return [(prompt(task), plain_caption(answer))]
     if record.box is None:
         return [(prompt(task, record.text), answer)]
     [(picture, region)] = views
@@ -59,6 +69,17 @@ def to_turns(record, task, answer, image_mark, views):
     if task == "ground":
         return [(prompt(task, record.text), format_box(box))]
     return [(prompt(task, format_box(box)), record.text)]
+
+
+def boxes_of(source, numbers):
+    """(box, size of its picture) of these records, as far as they can be read."""
+    found = []
+    for number in numbers:
+        with suppress(BadInput, TypeError, ValueError):
+            record = source.read(number)
+            box = [float(v) for v in record.box]
+            found.append((box, peek(record.refs[0], record.where).size))
+    return [(box, size) for box, size in found if len(box) == 4]
 
 
 @dataclass
@@ -176,9 +197,12 @@ class Data:
         self.shares = np.maximum(1, shares)  # rows of a ROUND
         self.shares[self.shares.argmax()] += ROUND - self.shares.sum()
         self.digest = zlib.crc32(self.shares)  # of shares, records' lengths and 64 texts each
+        self.foreign = {}  # share of each source's text that the tokenizer has no words for
         self.lengths = []  # tokens of each source's samples, estimated
         for source in self.sources:
             texts = self.first_look(source)
+            ids = [token for tokens in texts.values() for token in tokens if token != IMAGE]
+            self.foreign[source.name] = self.tokenizer.foreign(ids)
             for tokens in texts.values():
                 self.digest = zlib.crc32(np.array(tokens), self.digest)
             self.digest = zlib.crc32(source.lengths.astype(np.int64), self.digest)
@@ -194,11 +218,17 @@ class Data:
     def first_look(self, source):
         """{number: tokens} of 64 samples, less those that cannot be read; if none can, that is raised."""
         texts, problems = {}, []
-        for number in np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist():
+        numbers = np.unique(np.linspace(0, len(source) - 1, LOOKED_AT).astype(int)).tolist()
+        for number in numbers:
             try:
                 texts[number], _, _ = self.text(source, number, 0)
             except BadInput as e:
                 problems.append(e)
+        if source.task in BOXED and other_way_round(boxes_of(source, numbers)):
+            raise BadInput(
+                f"{source.toml}: source '{source.name}': its boxes make sense as [x, y, width, height] and "
+                "not as [x1, y1, x2, y2]; write x + width and y + height in place of width and height"
+            )
         if not texts:
             raise problems[0]
         return texts
@@ -333,24 +363,27 @@ class Data:
             self.bad += sum(len(batch.bad) for batch in micro_batches)
             yield micro_batches
 
-    def samples(self, name=None, rank=0, world=1, limit=None):
-        """Records in order, for evaluation, of one source if named. What cannot be read is raised, never left out."""
+    def record(self, source, number):
+        """A record for evaluation: with its pictures whole, and turns that are prompts and answers."""
+        record = source.read(number)
+        pictures = [peek(ref, record.where) for ref in record.refs]
+        views = [(picture, WHOLE) for picture in pictures]
+        answer = most_common(record.answers)
+        turns = to_turns(record, source.task, answer, self.image_mark, views)
+        return replace(
+            record,
+            source=source.name,
+            task=source.task,
+            number=number,
+            prompt=turns[0][0],
+            turns=turns,
+            images=[upright(picture) for picture in pictures],
+            size=pictures[0].size if pictures else None,
+        )
+
+    def samples(self, name=None):
+        """All records in order, of one source if named. What cannot be read is raised, never left out."""
         for source in self.sources:
-            if name not in (None, source.name):
-                continue
-            for number in range(rank, min(len(source), limit or len(source)), world):
-                record = source.read(number)
-                pictures = [peek(ref, record.where) for ref in record.refs]
-                views = [(picture, WHOLE) for picture in pictures]
-                answer = most_common(record.answers)
-                turns = to_turns(record, source.task, answer, self.image_mark, views)
-                yield replace(
-                    record,
-                    source=source.name,
-                    task=source.task,
-                    number=number,
-                    prompt=turns[0][0],
-                    turns=turns,
-                    images=[upright(picture) for picture in pictures],
-                    size=pictures[0].size if pictures else None,
-                )
+            if name in (None, source.name):
+                for number in range(len(source)):
+                    yield self.record(source, number)

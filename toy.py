@@ -21,6 +21,7 @@ import shutil
 import sys
 import tarfile
 from collections import defaultdict
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -414,17 +415,20 @@ def write_mixture(path, split, weights):
     path.write_text("\n".join(tables))
 
 
-def write(out, seed=0, scenes=10_000):
-    """The world at `out`, whole or not at all: written beside it and renamed. -> whether it had to be.
+def made_as(out):
+    """How the world at `out` was made, None where there is none: toy.json says that a world is complete."""
+    with suppress(FileNotFoundError):
+        return json.loads((out / "toy.json").read_text())
 
-    toy.json says that a world is complete."""
+
+def write(out, seed=0, scenes=10_000):
+    """The world at `out`, whole or not at all: written beside it and renamed. -> whether it had to be."""
     out = Path(out)
-    done = out / "toy.json"
     made = {"seed": seed, "scenes": scenes, "version": 2}
-    if done.is_file():
-        if json.loads(done.read_text()) == made:
-            return False
-    elif out.exists() and any(out.iterdir()):
+    there = made_as(out)
+    if there == made:
+        return False
+    if not there and out.exists() and any(out.iterdir()):
         raise BadInput(f"{out}: holds something that is not a toy world; name another --out")
     part = out.with_name(f"{out.name}.part{os.getpid()}")
     shutil.rmtree(part, ignore_errors=True)
@@ -433,8 +437,18 @@ def write(out, seed=0, scenes=10_000):
     for name, (split, weights) in MIXTURES.items():
         write_mixture(part / f"{name}.toml", split, weights)
     (part / "toy.json").write_text(json.dumps(made))
-    shutil.rmtree(out, ignore_errors=True)
-    os.replace(part, out)
+    if made_as(out) not in (None, made):  # another world makes room
+        old = part.with_name(f"{part.name}.old")
+        with suppress(FileNotFoundError):  # another process may have moved it
+            os.replace(out, old)
+        shutil.rmtree(old, ignore_errors=True)
+    try:
+        os.replace(part, out)
+    except OSError:
+        shutil.rmtree(part)
+        if made_as(out) == made:
+            return False  # another process has drawn it the while
+        raise
     return True
 
 

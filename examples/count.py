@@ -11,9 +11,9 @@ A [[source]] of counts.toml has `format = "vqa"` and `task = "count"`; its recor
 import train
 from formats import FORMATS
 from sample import DECODING
-from text.templates import MARK, TASKS, Task, plain
+from text.templates import MARK, TASKS, Task, plain_question
 
-TASKS["count"] = Task(MARK + "How many {}? Number:", plain)
+TASKS["count"] = Task(MARK + "How many {}? Number:", plain_question)
 DECODING["count"] = dict(max_new_tokens=5)
 FORMATS["vqa"][1].append("count")  # the tasks that a source of this format may name
 

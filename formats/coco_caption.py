@@ -5,7 +5,7 @@ Training takes every caption once; evaluation every image once, with all its cap
 import numpy as np
 
 from formats.json_index import JsonIndex, match
-from formats.records import Record, need
+from formats.records import Record, named, need
 
 
 class CocoCaption:
@@ -26,10 +26,11 @@ class CocoCaption:
         self.lengths = self.captions.lengths[self.order[first]]
 
     def read(self, number):
-        where = f"{self.path}: caption {number}"
-        image = self.pictures.read(self.owner[number], f"{where}, its image")
         first, last = self.bounds[number : number + 2]
+        where = f"{self.path}: annotation {self.order[first]}"
         captions = [self.captions.read(n, where) for n in self.order[first:last]]
+        where = named(where, captions[0], "id")
+        image = self.pictures.read(self.owner[number], f"{where}, its image")
         answers = [need(fields, "caption", where) for fields in captions]
         file = self.source.image(need(image, "file_name", where), where)
         return Record(where, [file], answers=answers, fields={**image, **captions[0]})

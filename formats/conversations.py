@@ -1,7 +1,7 @@
 """LLaVA's JSON or JSONL: {id, image (none, one or a list), conversations: [{from: human|gpt, value}]}."""
 
 from formats.json_index import JsonIndex
-from formats.records import Record, clean, need, need_list
+from formats.records import Record, clean, named, need, need_list
 from support.errors import BadInput
 
 
@@ -15,14 +15,25 @@ class Conversations:
     def read(self, number):
         where = f"{self.records.path}: record {number}"
         fields = self.records.read(number, where)
+        where = named(where, fields, "id")
         turns = to_pairs(need_list(fields, "conversations", where), where)
         names = need_list(fields, "image", where)
         marks = sum(question.count("<image>") for question, _ in turns)
         if marks != len(names):
             raise BadInput(f"{where}: {marks} <image> for {len(names)} images; mend or remove it")
+        if marks == 1:
+            turns = [(in_front(question), answer) for question, answer in turns]
         images = [self.source.image(clean(name, where), where) for name in names]
         answers = [answer for _, answer in turns]
         return Record(where, images, answers=answers, turns=turns, fields=fields)
+
+
+def in_front(question):
+    """The picture before the question, wherever its mark stands: so LLaVA trains, and so everybody asks."""
+    if "<image>" not in question:
+        return question
+    text = question.replace("<image>", "").strip()
+    return f"<image>\n{text}".strip()
 
 
 def to_pairs(turns, where):

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from support.errors import BadInput
-from support.files import reading
+from support.files import reading, regular
 
 LONGEST = 2**23  # bytes of a record; a stranger's longer one could fill any memory with brackets
 INDEXED = {}  # path -> size and time that the file had when it was indexed
@@ -48,7 +48,7 @@ def read_record(path, offset, size, where):
 def indexed(path, kind, build):
     """build(path) -> int64 array, kept in the user's cache folder until the file's size or time changes."""
     with reading(path):
-        INDEXED[path] = state(os.stat(path))
+        INDEXED[path] = state(os.stat(regular(path)))
     opened.cache_clear()
     key = f"3 {kind} {os.path.realpath(path)} {INDEXED[path]}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoinfmllm"

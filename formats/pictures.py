@@ -17,6 +17,7 @@ MEAN_COLOUR = (122, 116, 104)  # CLIP's mean in bytes: what pads a picture to a 
 CROP_SCALE = (0.5, 1.0)  # share of the area that a random crop keeps
 KINDS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM")  # of Pillow's; one runs Ghostscript
 PIXELS = 89_000_000  # an image that claims more is a bomb or a mistake
+RATIO = 200  # of the longer side to the shorter, at most: of what is longer no model sees a thing
 PLAIN = ("1", "L", "P", "RGB", "CMYK", "YCbCr")  # other modes are copied up to four times
 ORIENTATION = 0x0112  # the EXIF tag
 WHOLE = (0.0, 0.0, 1.0, 1.0)
@@ -68,6 +69,17 @@ def peek(ref, where=""):
         most = PIXELS if plain else PIXELS // 4
         if image.width * image.height > most:
             raise BadInput(f"{where}: has over {most} pixels; shrink it")
+        longer, shorter = max(image.size), min(image.size)
+        if longer > RATIO * shorter:
+            raise BadInput(
+                f"{where}: is {image.width} x {image.height}, more than {RATIO} times as long as wide; "
+                "leave it out, or cut it"
+            )
+        if image.mode == "F" or (image.format == "TIFF" and image.mode == "I"):
+            raise BadInput(
+                f"{where}: has 32 bits a pixel, of which nobody knows what is white; "
+                "save it with 8 or 16"
+            )
         return Peeked(image, orientation(image), where)
 
 
@@ -104,6 +116,10 @@ def upright(peeked, need=None):
 
 def to_square(image, side, region=WHOLE):
     """`region` (fractions) of an RGB image, stretched bicubically over side x side -> uint8 (S,S,3)."""
+    if max(image.size) > 8 * side:  # what follows may be a square of the longer side
+        scale = 4 * side / max(image.size)
+        smaller = [max(1, round(v * scale)) for v in image.size]
+        image = image.resize(smaller, Image.Resampling.BICUBIC, reducing_gap=2)
     box = np.multiply(region, image.size * 2).tolist()  # in pixels
     if min(region) < 0 or max(region) > 1:
         left, top, right, bottom = map(round, box)
@@ -152,6 +168,15 @@ def fractions(box, size, where):
             "mend or remove it"
         )
     return tuple((inside / sides).tolist())
+
+
+def other_way_round(boxes):
+    """Whether (box, size of its picture) each make sense as x, y, width, height, and some do not as corners."""
+    corners = sizes = bool(boxes)
+    for (a, b, c, d), (width, height) in boxes:
+        corners &= a < c <= width + 1 and b < d <= height + 1
+        sizes &= c > 0 and d > 0 and a + c <= width + 1 and b + d <= height + 1
+    return sizes and not corners
 
 
 def move_box(box, region):

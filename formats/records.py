@@ -27,6 +27,11 @@ class Record:
     prompt: str = ""  # the full template, of the first turn
 
 
+def named(where, fields, key):
+    """`where` with the record's own id, if it has one: the number in the file alone helps nobody to find it."""
+    return f"{where} ({key} {str(fields[key])[:50]})" if key in fields else where
+
+
 def need(fields, key, where):
     """fields[key], which must be text."""
     if not isinstance(fields, dict):

@@ -3,7 +3,7 @@
 import numpy as np
 
 from formats.json_index import JsonIndex
-from formats.records import Record, need, need_list
+from formats.records import Record, named, need, need_list
 
 
 def count(sentences):
@@ -22,13 +22,15 @@ class RefCoco:
         self.lengths = np.full(self.records.tags.sum(), 64)
 
     def read(self, number):
-        where = f"{self.records.path}: sample {number}"
         record = self.ends.searchsorted(number, "right")
+        where = f"{self.records.path}: record {record}"
         fields = self.records.read(record, where)
+        where = named(where, fields, "segment_id")
         sentences = need_list(fields, "sentences", where)
         which = number - self.ends[record]  # counted from the last, -1
         sentence = sentences[which] if sentences else None
         phrase = need(sentence, "sent", where)
+        where = named(where, sentence, "sent_id")
         fields |= sentence
         image = self.source.image(need(fields, "img_name", where), where)
         box = tuple(need_list(fields, "bbox", where))

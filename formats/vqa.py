@@ -3,7 +3,7 @@
 import re
 
 from formats.json_index import JsonIndex, match
-from formats.records import Record, clean, need, need_list
+from formats.records import Record, clean, named, need, need_list
 from support.errors import BadInput
 from support.files import whole
 
@@ -30,6 +30,7 @@ class Vqa:
     def read(self, number):
         where = f"{self.records.path}: record {number}"
         fields = self.records.read(number, where)
+        where = named(where, fields, "question_id")
         question = need(fields, "question", where)
         image = self.source.image(self.picture(fields, where), where)
         if self.answers:

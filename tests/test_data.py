@@ -8,7 +8,7 @@ import pytest
 import torch
 from small import ASK, TOKENIZER, V, data_of, noise, picture, source, write
 
-from data import BUCKET, ROUND, collate
+from data import BUCKET, ROUND, collate, some
 from model import IGNORE, IMAGE
 from support.errors import BadInput, sentence
 
@@ -54,6 +54,13 @@ def mixed(tmp_path):
         vqa_list(tmp_path, 90, "v", lost=range(0, 90, 9), weight=1.0),
         vqa_list(tmp_path, 11, "w", weight=0.5),
     ]
+
+
+def test_what_is_looked_at_is_a_random_sample_always_the_same_in_order_without_repeats():
+    numbers = some(1903, 100)
+    assert numbers == some(1903, 100) == sorted(set(numbers)) and len(numbers) == 100
+    assert numbers[0] < 200 and 850 < np.mean(numbers) < 1050 and numbers[-1] > 1700
+    assert some(3) == some(3, 3) == some(3, 9) == [0, 1, 2]
 
 
 # ---- samples ---------------------------------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """The toy world: what is said about a scene is true, by a second reading of its things and by its pixels."""
 
 import json
+import multiprocessing
 import os
 import random
 import re
@@ -208,3 +209,23 @@ def test_a_writing_that_was_killed_is_done_again_and_what_is_there_is_left_alone
     with pytest.raises(BadInput, match="not a toy world"):
         toy.write(mine, scenes=3)
     assert os.listdir(mine) == ["thesis.txt"] and set(os.listdir(tmp_path)) == {"w", "mine"}
+
+
+def test_of_two_that_draw_one_world_at_once_the_first_is_kept_and_both_end_well(
+    tmp_path, monkeypatch
+):
+    out, drawn = tmp_path / "w", []
+
+    def overtaken(*args):  # the other begins and ends while this one draws
+        monkeypatch.undo()
+        other = multiprocessing.get_context("fork").Process(target=toy.write, args=(out, 0, scenes))
+        other.start()
+        other.join()
+        drawn.append(os.stat(out).st_ino)
+        toy.write_mixture(*args)
+
+    for scenes in (5, 6):  # where nothing is, and in place of another world
+        monkeypatch.setattr(toy, "write_mixture", overtaken)
+        assert not toy.write(out, scenes=scenes)
+        assert os.stat(out).st_ino == drawn.pop() and os.listdir(tmp_path) == ["w"]
+        assert len(list(out.glob("train/images/*"))) == scenes

@@ -9,13 +9,16 @@ BOX = re.compile(rf"<box>\s*\({NUMBER},{NUMBER}\)\s*,\s*\({NUMBER},{NUMBER}\)\s*
 
 
 def format_box(box):
-    """Fractions (x1, y1, x2, y2) -> text. Two decimals: with three, the released parser misreads every x2 < 0.1."""
+    """Fractions (x1, y1, x2, y2) -> text. Two decimals: with three, the released parser misreads every x2 < 0.1.
+
+    At most 0.99 is written, as the released parser cannot read 1.00."""
     x1, y1, x2, y2 = box
     if not (0 <= x1 < x2 <= 1 and 0 <= y1 < y2 <= 1):  # NaN is in no order
         raise BadInput(
             f"box {tuple(box)} is degenerate or outside its image; fractions must be 0 <= x1 < x2 <= 1"
         )
-    return f"<box>({x1:.2f},{y1:.2f}),({x2:.2f},{y2:.2f})</box>"
+    x1, y1, x2, y2 = (f"{min(v, 0.99):.2f}" for v in box)
+    return f"<box>({x1},{y1}),({x2},{y2})</box>"
 
 
 def parse_box(text):

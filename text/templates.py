@@ -11,9 +11,19 @@ SYSTEM = (
 )
 
 
-def plain(text, gap=""):
-    """Lower case, without punctuation (`gap` in its place), 50 words at most: how the released model was asked."""
-    return " ".join(re.sub(r"[.!\"()*#:;~]", gap, text.lower()).split()[:50])
+PUNCTUATION = r"[.!\"()*#:;~]"
+WORDS = 50  # at most
+
+
+def plain_question(text):
+    """Lower case, without punctuation, its spaces as they were: how the released model was asked."""
+    words = re.sub(PUNCTUATION, "", text.lower()).rstrip(" ").split(" ")
+    return " ".join(words[:WORDS])
+
+
+def plain_caption(text):
+    """Lower case, with a space for punctuation, and one between words: as BLIP-2 trains captions."""
+    return " ".join(re.sub(PUNCTUATION, " ", text.lower()).split()[:WORDS])
 
 
 @dataclass
@@ -25,7 +35,7 @@ class Task:
 
 TASKS = {  # the prompts of captioning and of region captions are not published: those two are ours
     "caption": Task(MARK + "Short caption:"),
-    "vqa": Task(MARK + "Question:{} Short answer:", plain),
+    "vqa": Task(MARK + "Question:{} Short answer:", plain_question),
     "ground": Task(MARK + "<ref>{}</ref>"),
     "region": Task(MARK + "{} Short phrase:"),
     "chat": Task("USER: {} ASSISTANT:", pad=True),

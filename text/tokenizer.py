@@ -34,6 +34,14 @@ class Tokenizer:
     def encode(self, text):
         return self.model.encode(text)
 
+    def foreign(self, ids):
+        """The share of a text's bytes for which there is no word: each of them, or of its letters, is a token."""
+        pieces = self.model.id_to_piece(ids)
+        alone = sum(
+            self.model.is_byte(i) or (len(p) == 1 and p.isalpha()) for i, p in zip(ids, pieces)
+        )
+        return alone / max(1, len(self.decode(ids).encode()))
+
     def decode(self, ids):
         """Text of the ids; placeholders, special ids and those beyond the vocabulary say nothing."""
         special = (self.bos, self.eos, self.pad)

@@ -40,16 +40,18 @@ def test_training_takes_each_caption_and_evaluation_each_image_with_all_of_them(
 
 IMAGES = [{"id": 1, "file_name": "a.png"}]
 SAID = [{"image_id": 1, "caption": "a cross"}]
+SORTED = [{"image_id": 2, "id": 70, "caption": "a cross"}, {"image_id": 1, "id": 71}]
 
 
 @pytest.mark.parametrize(
     "images, captions, says",
     [
-        ([{"id": 2}], SAID, r"caption 0, its image: .*a\.json has no record of its id"),
+        ([{"id": 2}], SAID, r"annotation 0, its image: .*a\.json has no record of its id"),
         (IMAGES, {}, r"a\.json: .*not an object with a list 'annotations'"),
         (IMAGES, [7], r"a\.json: is not the JSON"),
-        (IMAGES, [{"image_id": 1}], r"a\.json: caption 0: 'caption' is missing"),
-        ([{"id": 1}], SAID, r"a\.json: caption 0: 'file_name' is missing"),
+        (IMAGES, [{"image_id": 1}], r"a\.json: annotation 0: 'caption' is missing"),
+        ([*IMAGES, {"id": 2, "file_name": "a.png"}], SORTED, r"annotation 1 \(id 71\): 'caption'"),
+        ([{"id": 1}], SAID, r"a\.json: annotation 0: 'file_name' is missing"),
     ],
 )
 def test_what_is_missing_is_named(tmp_path, images, captions, says):

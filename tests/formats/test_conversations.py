@@ -27,6 +27,9 @@ TALKS = r"""[
         {"from": "gpt", "value": "no"}]}
 ]"""
 
+ASKED = {"from": "human", "value": "hi"}
+GPT = {"from": "gpt", "value": "ho"}
+
 
 @pytest.fixture
 def folder(tmp_path):
@@ -55,6 +58,22 @@ def test_there_may_be_no_image_or_several_and_half_a_turn_is_left_out(folder):
     check(data, 2, asked, "▁no </s>", colours=[BLUE, RED])
 
 
+@pytest.mark.parametrize(
+    "value, asked",
+    [
+        ("which?\n<image>", "\nwhich?"),
+        ("which <image>is it?", "\nwhich is it?"),
+        ("<image>", ""),
+    ],
+)
+def test_an_only_picture_stands_in_front_of_its_turn_wherever_its_mark_is(folder, value, asked):
+    talk = [{"from": "human", "value": value}, GPT]
+    write(folder / "a.json", [{"image": "two.png", "conversations": [ASKED, GPT, *talk]}])
+    [item] = data_of(folder, CHAT).samples()
+    _, (question, _) = item.turns
+    assert question == f"USER: <image><ImageHere>{asked} ASSISTANT:"
+
+
 def test_a_picture_is_padded_to_a_square_with_the_mean_colour(folder):
     write(folder / "im/d/one.png", picture(size=(40, 20)))
     data = data_of(folder, CHAT)
@@ -68,7 +87,6 @@ def test_llava_models_see_the_placeholder_without_the_word_before_it(folder):
 
 
 HUMAN = {"from": "human", "value": "<image> hi"}
-GPT = {"from": "gpt", "value": "ho"}
 SAY = {"id": "1", "image": "a.png", "conversations": [HUMAN, GPT]}
 
 
@@ -83,5 +101,5 @@ SAY = {"id": "1", "image": "a.png", "conversations": [HUMAN, GPT]}
         ({"image": [7]}, "is no text"),
     ],
 )
-def test_a_bad_record_is_refused_by_file_and_number(tmp_path, change, says):
-    assert f"a.json: record 0: {says}" in refused_record(tmp_path, CHAT, SAY, change)
+def test_a_bad_record_is_refused_by_file_number_and_id(tmp_path, change, says):
+    assert f"a.json: record 0 (id 1): {says}" in refused_record(tmp_path, CHAT, SAY, change)

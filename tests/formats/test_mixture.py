@@ -18,6 +18,12 @@ def folder(tmp_path):
     return tmp_path
 
 
+def test_a_mixture_that_is_no_file_is_refused_and_not_waited_for(tmp_path, no_file):
+    no_file(tmp_path / "mix.toml")
+    with pytest.raises(BadInput, match="mix.toml: is no regular file"):
+        load_mixture(tmp_path / "mix.toml")
+
+
 def test_relative_paths_are_relative_to_the_mixture_file(folder, monkeypatch):
     mixture(folder, VQA)
     monkeypatch.chdir(folder.parent)

@@ -1,7 +1,9 @@
 """formats/pictures.py: every kind of picture to the pixel, and boxes on them."""
 
+import io
 import os
 import re
+import resource
 
 import numpy as np
 import pytest
@@ -31,6 +33,12 @@ def opened(path, need=None):
 
 def numbers(image):
     return np.asarray(image).astype(int)
+
+
+def tiff(kind):
+    out = io.BytesIO()
+    Image.fromarray(np.ones((6, 8), kind)).save(out, "TIFF")
+    return out.getvalue()
 
 
 def turned(image, turn, path):
@@ -106,6 +114,19 @@ def test_squashing_is_pillows_own_bicubic_and_padding_centres(size, corner):
     assert (found == numbers(padded.resize((16, 16), BICUBIC))).all()
 
 
+def test_a_long_screenshot_is_padded_to_its_square_within_300_megabytes(tmp_path):
+    page = Image.new("RGB", (1280, 20_000))
+    page.paste("white", (0, 10_000, 1280, 20_000))
+    page.save(tmp_path / "page.png")
+    held = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    before = held()
+    found = peek((str(tmp_path / "page.png"), 0, -1))
+    square = to_square(upright(found, 448), 448, padded_region(found.size))
+    assert held() - before < 300
+    assert (square[:, :200] == MEAN_COLOUR).all()
+    assert (square[:220, 224] == 0).all() and (square[228:, 224] == 255).all()
+
+
 def test_random_crops_keep_half_of_the_picture_or_more_and_nearly_its_shape():
     rng = np.random.default_rng(0)
     regions = np.array([random_region((64, 48), rng) for _ in range(300)])
@@ -135,6 +156,10 @@ def test_a_box_lands_on_the_same_coloured_pixels_after_every_transform(size):
     [
         (b"404 not found", "cannot be read as an image"),
         (picture(size=(99, 99))[:150], "cannot be read as an image .*truncated"),
+        (picture(size=(1, 65_500)), "is 1 x 65500, more than 200 times as long as wide"),
+        (tiff(np.float32), "has 32 bits a pixel"),
+        (tiff(np.int32), "has 32 bits a pixel"),
+        (b"Pf\n1 1\n-1.0\n" + bytes(4), "has 32 bits a pixel"),
     ],
 )
 def test_what_is_no_picture_is_refused_by_record_and_file(tmp_path, content, says):

@@ -64,7 +64,9 @@ def test_questions_of_a_test_split_have_no_answers_and_may_be_named_otherwise(tm
     del table["annotations"]
     item, _ = data_of(tmp_path, table).samples()
     assert item.answers == [] and item.size == (20, 20)
-    assert "record 0: has no answers" in refusal(tmp_path, table)  # to train on
+    assert "q.json: record 0 (question_id 42001): has no answers" in refusal(
+        tmp_path, table
+    )  # to train on
 
 
 def test_plain_lists_take_answers_answer_and_json_lines(tmp_path):
@@ -98,8 +100,16 @@ NOTHING = '{"annotations": []}'
 @pytest.mark.parametrize(
     "answers, name, says",
     [
-        (NOTHING, "a.png", r"record 0, its answers: .*a\.json has no record of its id"),
-        (SAID, "{:06d}{}.png", "record 0: image_name .* does not take its image_id"),
+        (
+            NOTHING,
+            "a.png",
+            r"record 0 \(question_id 1\), its answers: .*a\.json has no record of its id",
+        ),
+        (
+            SAID,
+            "{:06d}{}.png",
+            r"record 0 \(question_id 1\): image_name .* does not take its image_id",
+        ),
         (SAID, "", r"q\.json: has no 'data_subtype'; add image_name"),
     ],
 )

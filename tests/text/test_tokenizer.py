@@ -3,6 +3,7 @@
 import pytest
 from small import TOKENIZER, V, write
 
+import toy
 from model import IGNORE, IMAGE
 from support.errors import BadInput
 from text.tokenizer import Tokenizer, encode_prompt, encode_turns, truncate
@@ -13,6 +14,17 @@ def test_decode_undoes_encode_and_passes_over_what_is_no_text(text):
     ids = TOKENIZER.encode(text)
     ids = [TOKENIZER.bos, IMAGE, *ids, TOKENIZER.eos, IGNORE, TOKENIZER.pad, TOKENIZER.size]
     assert TOKENIZER.decode(ids) == text
+
+
+def test_text_is_foreign_as_far_as_it_is_read_letter_by_letter():
+    foreign = lambda text: TOKENIZER.foreign(TOKENIZER.encode(text))
+    assert foreign("") == 0
+    for number in range(20):
+        scene = toy.scene(0, "train", number)
+        for text in (toy.caption(scene), *(phrase for phrase, _ in toy.phrases(scene))):
+            assert foreign(text) == 0
+    assert foreign("The yellow tram stops in front of the old station.") > 0.2
+    assert foreign("漢字") == 1
 
 
 def test_a_file_that_is_no_tokenizer_is_refused_by_name(tmp_path):
