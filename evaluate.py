@@ -11,6 +11,10 @@ it is started again. In the end they are one predictions.jsonl, with scores.json
 servers take beside it. Which samples share a batch depends on the data and on --batch alone: any number of
 ranks, and a run that was stopped, give the same file.
 
+Each task is decoded as DECODING in sample.py says: beams and the most new tokens of a caption are 5 and 30,
+of a short answer (vqa) 5 and 10, of a box (ground) 5 and 40, of a phrase (region) 5 and 30, of a turn of a
+chat 1 and 1024. --beams, --max-new-tokens and --min-new-tokens say otherwise.
+
 To add a benchmark of yes or no, add its functions to BENCHMARKS; to add a metric, add it to what measure()
 returns.
 """
@@ -22,6 +26,7 @@ import os
 import random
 import re
 import sys
+import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
@@ -29,18 +34,25 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from support.threads import wait_briefly
+
+if __name__ == "__main__":
+    wait_briefly()
+
 import torch
 from tqdm import tqdm
 
 import sample
 import toy
-from data import Data
+import weights
+from data import Data, some
 from formats import Record, load_mixture
 from model import IMAGE
 from support import drawing, metrics
 from support.commands import positive, run
 from support.errors import BadInput
 from support.files import read_json, whole
+from support.log import asked_of, times
 from support.ranks import Ranks, setup_ranks
 from support.start import load_model, newest
 from text import encode_turns
@@ -70,8 +82,9 @@ class Exam:
     name: str
     task: str  # how they are asked
     kind: str  # how they are scored: the task, or the benchmark
-    count: int
-    records: Callable  # (first, step, end) -> Records; as Data.samples takes (rank, world, limit)
+    count: int  # of all that there are
+    record: Callable  # number -> Record
+    numbers: list = ()  # of those that are asked
 
 
 def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None):
@@ -86,35 +99,34 @@ def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None):
             if label not in ("yes", "no"):
                 raise BadInput(f"{data}: {text!r} is answered by {label!r}, not yes or no; mend it")
         task = task or "vqa"
-        records = partial(yes_or_no, benchmark, task, rows)
-        return [Exam(benchmark, task, benchmark, len(rows), records)]
+        record = partial(yes_or_no, benchmark, task, rows)
+        return [Exam(benchmark, task, benchmark, len(rows), record)]
     sources = [s for s in load_mixture(data, train=False) if task in (None, s.task)]
     if not sources:
         raise BadInput(f"{data}: has no source for --task {task}; leave --task out")
     c = model.config
     sizes = (c.vit.image_size, c.visual_tokens, c.llm.context)
     data = Data(sources, tokenizer, *sizes, train=False, image_mark=c.image_mark)
-    return [Exam(s.name, s.task, s.task, len(s), partial(data.samples, s.name)) for s in sources]
+    return [Exam(s.name, s.task, s.task, len(s), partial(data.record, s)) for s in sources]
 
 
-def yes_or_no(name, task, rows, first, step, end):
-    """Records of (picture, question, label, fields): asked as vqa, or as a chat."""
-    for n in range(first, end, step):
-        path, text, label, fields = rows[n]
-        if task == "chat":
-            text += SHORTLY
-        image = sample.open_image(path)
-        yield Record(
-            str(path),
-            [],
-            answers=[label],
-            fields=fields,
-            source=name,
-            number=n,
-            images=[image],
-            size=image.size,
-            turns=[(prompt(task, text), label)],
-        )
+def yes_or_no(name, task, rows, number):
+    """The record of a (picture, question, label, fields): asked as vqa, or as a chat."""
+    path, text, label, fields = rows[number]
+    if task == "chat":
+        text += SHORTLY
+    image = sample.open_image(path)
+    return Record(
+        str(path),
+        [(str(path), 0, -1)],
+        answers=[label],
+        fields=fields,
+        source=name,
+        number=number,
+        images=[image],
+        size=image.size,
+        turns=[(prompt(task, text), label)],
+    )
 
 
 def read_pope(path, images):
@@ -157,20 +169,34 @@ def read_mme(path, images):
 
 def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks):
     """Write this rank's answers into a file of its own, but for those that are on disk already."""
-    done = {key(r) for r in read_rows(folder)}
-    batches = [(exam, first) for exam in exams for first in range(0, exam.count, batch)]
+    done = {key(r) for r in read_rows(folder) if "unreadable" not in r}
+    batches = [
+        (exam, exam.numbers[first : first + batch])
+        for exam in exams
+        for first in range(0, len(exam.numbers), batch)
+    ]
+    mine = batches[ranks.rank :: ranks.world]
     bar = tqdm(
-        batches[ranks.rank :: ranks.world],
+        mine,
         disable=ranks.rank > 0 or None,  # None: where it is no terminal
         unit=" samples",
         unit_scale=batch,
     )
     right = []
+    began = time.perf_counter()
     with open(folder / f"predictions.{ranks.rank}.jsonl", "a", encoding="utf-8") as file:
         file.write("\n")  # behind a line that was cut in half
-        for exam, first in bar:
-            end = min(first + batch, exam.count)
-            questions = questions_of(exam.records(first, 1, end), tokenizer, model.config)
+        for n, (exam, numbers) in enumerate(bar):
+            if n and n % -(-len(mine) // 10) == 0 and bar.disable and ranks.rank == 0:
+                passed = times(time.perf_counter() - began, n, len(mine) - n)
+                print(f"{n / len(mine):.0%} answered, {passed}", file=sys.stderr)
+            questions = []
+            for number in numbers:
+                try:
+                    questions += questions_of(exam.record(number), tokenizer, model.config)
+                except BadInput as e:
+                    row = {"source": exam.name, "number": number, "turn": 0, "unreadable": str(e)}
+                    file.write(to_lines([row]))
             for start in range(0, len(questions), batch):  # a conversation has several
                 tokens, images, rows = zip(*questions[start : start + batch])
                 if all(key(r) in done for r in rows):
@@ -186,16 +212,15 @@ def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks):
                 bar.set_postfix_str(f"right so far {sum(right) / len(right):.1%}", refresh=False)
 
 
-def questions_of(records, tokenizer, config):
+def questions_of(record, tokenizer, config):
     """(tokens, images, row) of every turn, its row to be answered. The past of a conversation is the true one."""
     questions = []
-    for record in records:
-        turns = [(text.replace(MARK, config.image_mark), answer) for text, answer in record.turns]
-        for turn, (text, _) in enumerate(turns):
-            ids, _ = encode_turns(tokenizer, [*turns[:turn], (text, None)], config.visual_tokens)
-            sample.check_length(ids, config, record.where)
-            shown = ids.count(IMAGE) // config.visual_tokens
-            questions.append((ids, record.images[:shown], to_row(record, turn)))
+    turns = [(text.replace(MARK, config.image_mark), answer) for text, answer in record.turns]
+    for turn, (text, _) in enumerate(turns):
+        ids, _ = encode_turns(tokenizer, [*turns[:turn], (text, None)], config.visual_tokens)
+        sample.check_length(ids, config, record.where)
+        shown = ids.count(IMAGE) // config.visual_tokens
+        questions.append((ids, record.images[:shown], to_row(record, turn)))
     return questions
 
 
@@ -233,7 +258,8 @@ def read_rows(folder):
         for line in path.read_bytes().splitlines():
             with suppress(ValueError):  # a line that was cut in half
                 r = json.loads(line)
-                rows[key(r)] = r
+                if key(r) not in rows or "unreadable" not in r:  # it may have been mended
+                    rows[key(r)] = r
     return [rows[place] for place in sorted(rows)]
 
 
@@ -299,9 +325,9 @@ def measure(rows, kind, protocol):
         mean_iou = [overlap(r) for r in rows]
         return {"Acc@0.5": right, "mean IoU": mean_iou, "Acc@0.5, released parser": released}
     if kind == "vqa":
-        vqa = [metrics.vqa_score(r["said"], r["truth"], protocol) for r in rows]
+        name, scores = metrics.short_answer_scores(*columns(rows, "said", "truth"), protocol)
         exact = [metrics.exact_score(r["said"], r["truth"]) for r in rows]
-        return {f"accuracy ({protocol})": vqa, "exact": exact}
+        return {name: scores, "exact": exact}
     return {"right": right}  # of a chat
 
 
@@ -349,22 +375,26 @@ def submission(rows, kind):
 # For people
 
 
-def table(scores):
+def table(scores, exams, unreadable):
     """The scores as JSON. Those of a type or subtask are called `type right`: it may share a metric's name."""
-    return {
-        source: {
+    found = {}
+    for exam in exams:
+        bad = sum(r["source"] == exam.name for r in unreadable)
+        lines = {
             metric.replace("  ", "type ", 1): {"score": value, "count": count}
-            for metric, value, count in lines
+            for metric, value, count in scores[exam.name]
         }
-        for source, lines in scores.items()
-    }
+        asked = {"asked": len(exam.numbers), "of": exam.count, "unreadable": bad}
+        found[exam.name] = lines | {"records": asked}
+    return found
 
 
 def show(scores):
-    print(f"{'source':<16}{'metric':<28}{'score':>8}{'samples':>10}")
+    wide = max(14, *map(len, scores)) + 2
+    print(f"{'source':<{wide}}{'metric':<28}{'score':>8}{'samples':>10}")
     for source, lines in scores.items():
         for metric, value, count in lines:
-            print(f"{source:<16}{metric:<28}{value:>8.4g}{count:>10}")
+            print(f"{source:<{wide}}{metric:<28}{value:>8.4g}{count:>10}")
             source = ""
 
 
@@ -372,20 +402,23 @@ def contact_sheet(path, exams, rows):
     """Wrong answers, then right ones, with the true box and the one that was named."""
     exam_of = {exam.name: exam for exam in exams}
     cells = {drawing.WRONG: [], drawing.RIGHT: []}
+    shown = set()  # no picture comes twice
     for r in random.Random(0).sample(rows, len(rows)):  # some of every source
         exam = exam_of[r["source"]]
         colour = drawing.RIGHT if is_right(r, exam.kind) else drawing.WRONG
-        shows = r["size"] and (r["truth"] or r["box"])
-        if shows and len(cells[colour]) < SHEET:
-            cells[colour].append((*cell(exam, r), colour))
+        if not r["size"] or not (r["truth"] or r["box"]) or len(cells[colour]) == SHEET:
+            continue
+        record = exam.record(r["number"])
+        if record.refs[0] not in shown:
+            shown.add(record.refs[0])
+            cells[colour].append((*cell(exam, record, r), colour))
     if not any(cells.values()):
         raise BadInput(f"--sheet {path}: there is no answer with a picture to draw")
     drawing.sheet(sum(cells.values(), []), path)
 
 
-def cell(exam, r):
+def cell(exam, record, r):
     """(picture, boxes, text) of one answer for the contact sheet."""
-    record = next(exam.records(r["number"], 1, r["number"] + 1))
     said = parse_box(r["said"])
     true = parse_box(r["truth"][0])
     if r["box"]:
@@ -427,7 +460,7 @@ def evaluate(
     folder = Path(out)
     exams = open_exams(model, tokenizer, data, task, benchmark, images)
     for exam in exams:
-        exam.count = min(exam.count, limit or exam.count)
+        exam.numbers = some(exam.count, limit)
     asked = dict(beams=beams, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens)
     adapter = torch.cat([p.detach().flatten() for p in model.adapter.parameters()])
     claim(
@@ -435,7 +468,7 @@ def evaluate(
         weights=zlib.crc32(adapter.float().cpu().numpy().tobytes()),
         data=str(data),
         dtype=str(adapter.dtype),
-        sources={exam.name: exam.count for exam in exams},
+        sources={exam.name: len(exam.numbers) for exam in exams},
         batch=batch,
         task=task,
         **asked,
@@ -445,13 +478,23 @@ def evaluate(
     if ranks.rank:
         return {}
     rows = merge(folder)
+    unreadable = [r for r in rows if "unreadable" in r]
+    rows = [r for r in rows if "unreadable" not in r]
+    if unreadable and not rows:
+        raise BadInput(unreadable[0]["unreadable"])
     scores = {}
     for exam in exams:
         own = [r for r in rows if r["source"] == exam.name]
         scores[exam.name] = score(own, exam.kind, protocol)
         if sent := submission(own, exam.kind):
             (folder / f"{exam.name}.submission.json").write_text(json.dumps(sent))
-    (folder / "scores.json").write_text(json.dumps(table(scores), indent=2))
+    found = table(scores, exams, unreadable)
+    (folder / "scores.json").write_text(json.dumps(found, indent=2))
+    named = folder / "unreadable.txt"
+    named.unlink(missing_ok=True)
+    if unreadable:
+        named.write_text("".join(f"{r['unreadable']}\n" for r in unreadable), "utf-8")
+        print(f"{len(unreadable)} samples could not be read: {named}", file=sys.stderr)
     if sheet:
         contact_sheet(sheet, exams, rows)
     return scores
@@ -481,9 +524,15 @@ def parse(argv=None):
     one("--mme", help="MME's folder instead")
     flag("--images", str, "folder of POPE's pictures")
     flag("--task", TASKS, "only the sources of this task; with --pope and --mme vqa or chat")
-    flag("--limit", positive, "at most so many samples of each source")
+    flag("--limit", positive, "a random sample of so many records of each source, always the same")
     flag("--batch", positive, "samples a rank decodes together; default 8", 8)
-    flag("--protocol", metrics.PROTOCOLS, "rules of VQA accuracy; default vqav2", "vqav2")
+    protocols = (*metrics.PROTOCOLS, *metrics.EXACT)
+    flag(
+        "--protocol",
+        protocols,
+        "rules for short answers (support/metrics.py); default vqav2",
+        "vqav2",
+    )
     flag("--out", str, "folder of the predictions; default: out/evaluate/CHECKPOINT-DATA")
     flag("--sheet", str, "picture to write: right and wrong answers, with true and predicted boxes")
     flag("--json", bool, "print one JSON object in place of the table")
@@ -495,8 +544,6 @@ def parse(argv=None):
             raise BadInput(f"--task {args.task}: yes-or-no questions are asked as vqa or chat")
     elif not args.data:
         args.data = TOY
-        if args.min_new_tokens is None:
-            args.min_new_tokens = 0  # the toy's captions may be shorter than the released 8
     if args.images and not args.pope:
         raise BadInput("--images belongs to --pope; a mixture names its own")
     return args
@@ -505,7 +552,7 @@ def parse(argv=None):
 def main(argv=None):
     args = parse(argv)
     ranks = setup_ranks(args.device, timeout=24 * 3600)  # they do not finish together
-    path = Path(args.ckpt or newest())
+    path = weights.find(newest()) if not args.ckpt else Path(args.ckpt)
     model, tokenizer = load_model(path, args.tokenizer, ranks.device, args.dtype, args.branch)
     if args.data == TOY:
         if ranks.rank == 0 and not Path(TOY).exists():
@@ -516,16 +563,24 @@ def main(argv=None):
         branch = Path(args.branch or "")
         parts = (*path.parts[-2:], *branch.parts[-2:], Path(args.data).stem)
         args.out = f"out/evaluate/{'-'.join(parts)}"
+    if not args.ckpt:
+        print(f"model: {path}", file=sys.stderr)
     taken = inspect.signature(evaluate).parameters
     settings = {name: value for name, value in vars(args).items() if name in taken}
     settings |= {"tokenizer": tokenizer, "ranks": ranks}
     scores = evaluate(model, **settings)
     ranks.close()
-    if scores and args.json:
-        print(json.dumps(table(scores)))
-    elif scores:
+    if not scores:
+        return  # rank 0 has them
+    found = read_json(Path(args.out) / "scores.json")
+    if args.json:
+        print(json.dumps(found))
+    else:
         show(scores)
+        print(asked_of(found))
         print(f"answers: {args.out}/predictions.jsonl")
+        if args.sheet:
+            print(f"right and wrong ones: {args.sheet}")
 
 
 if __name__ == "__main__":

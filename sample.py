@@ -9,12 +9,13 @@
     python sample.py --ckpt out/stage1 --branch out/mm --image scene.png         # a branch of inner adaptors (IAA)
 
 In a chat: /image FILE takes another picture, /reset forgets what was said, /box on draws the boxes that
-the model names, Ctrl-C stops an answer, Ctrl-D ends the chat.
+the model names (box.png, box-2.png, ...), Ctrl-C stops an answer, /quit or Ctrl-D ends the chat.
 
 Names of dimensions: B prompts (rows), T tokens of the longest prompt, K beams, V vocabulary, D width of
 the LLM, N images, S pixels per side, P*P visual tokens of an image.
 """
 
+import itertools
 import json
 import os
 import re
@@ -22,13 +23,17 @@ import signal
 import sys
 from pathlib import Path
 
+from support.threads import wait_briefly
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it at once, save in a chat's answer
+    wait_briefly()
 
 import numpy as np
 import torch
 from torch.nn import functional as F
 
+import weights
 from formats.pictures import WHOLE, padded_region, peek, to_square, upright
 from formats.records import clean
 from model import IMAGE, KVCache
@@ -36,14 +41,15 @@ from support.commands import Parser, amount, natural, number, positive, run
 from support.drawing import NAMED, check_target, draw_boxes, sheet
 from support.errors import BadInput
 from support.processes import on_signals
-from support.start import DTYPES, adapter_kind, load_model
+from support.start import DTYPES, adapter_kind, load_model, newest
 from text import encode_prompt
 from text.boxes import format_box, parse_box
 from text.templates import MARK, TASKS, chat_turn, prompt
 
-# How each task is decoded: as released, with more room for a box, which takes up to 30 of LLaMA's pieces.
+# How each task is decoded: vqa and ground as released, with more room for a box, which takes up to 30 of
+# LLaMA's pieces; of captions nothing was released.
 DECODING = {
-    "caption": dict(beams=5, max_new_tokens=30, min_new_tokens=8),
+    "caption": dict(beams=5, max_new_tokens=30),
     "vqa": dict(beams=5, max_new_tokens=10, length_penalty=0.0),
     "ground": dict(beams=5, max_new_tokens=40),
     "region": dict(beams=5, max_new_tokens=30),
@@ -266,6 +272,11 @@ def check_length(ids, config, what):
         )
 
 
+def visible(text):
+    """What a model says may hold commands to a terminal: control characters become the mark of an unknown one."""
+    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", "\ufffd", text)
+
+
 def generate(model, tokenizer, images, prompts, pad=False, seed=0, **settings):
     """The answers to prompts: full templates with <ImageHere> where an image stands, or their ids.
 
@@ -295,7 +306,7 @@ def generate(model, tokenizer, images, prompts, pad=False, seed=0, **settings):
             **settings,
         )
         for i, said in zip(rows, ids):
-            answers[i] = tokenizer.decode(said[: config.llm.context - len(tokens[i])])
+            answers[i] = visible(tokenizer.decode(said[: config.llm.context - len(tokens[i])]))
     return answers
 
 
@@ -337,7 +348,7 @@ class Chat:
                 break
             said.append(token.item())
             self.ids.append(said[-1])
-            text = tokenizer.decode(said)
+            text = visible(tokenizer.decode(said))
             if not text.endswith("\ufffd"):  # half of a character that comes in bytes
                 yield text[len(shown) :]
                 shown = text
@@ -390,8 +401,6 @@ def parse(argv=None):
     args.folder = os.path.isdir(args.image or "")
     args.talk = args.task == "chat" and args.prompt is None
     refuse_contradictions(args)
-    if not args.ckpt and args.min_new_tokens is None:
-        args.min_new_tokens = 0  # the toy's captions are short
     return args
 
 
@@ -459,9 +468,18 @@ def answer_all(args):
     settings = decoding(args.task, vars(args))
     pad = TASKS[args.task].pad
     cells = []
+    bad = 0
     for start in range(0, len(paths), ROWS):
-        batch = paths[start : start + ROWS]
-        images = [open_image(path) if path else None for path in batch]
+        batch, images = [], []
+        for path in paths[start : start + ROWS]:
+            try:
+                images.append(open_image(path) if path else None)
+                batch.append(path)
+            except BadInput as e:
+                if not args.folder:
+                    raise
+                print(e, file=sys.stderr)
+                bad += 1
         said = generate(model, tokenizer, images, [asked] * len(batch), pad, **settings)
         for path, image, text in zip(batch, images, said):
             box = parse_box(text)
@@ -476,13 +494,22 @@ def answer_all(args):
             if args.task == "region":  # the box that was asked about
                 boxes = [(parse_box(asked), text, NAMED)]
             cells.append((image, boxes, name + text, NAMED))
-    if not args.save:
+    if bad:
+        print(f"{bad} of {len(paths)} pictures could not be read", file=sys.stderr)
+    if not args.save or not cells:
         return
     image, boxes, _, _ = cells[0]
     if boxes and not args.folder:
         draw_boxes(image, boxes).save(args.save)
     else:
         sheet(cells, args.save)
+
+
+def unused(path):
+    """The path, or, where something is there already, the same with a number."""
+    path = Path(path)
+    names = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 def in_pixels(box, image):
@@ -506,11 +533,13 @@ def chat(args):
     mark = ""
     if sys.stdin.isatty():
         mark = "> "
-        print("/image FILE   /reset   /box on|off   Ctrl-C stops an answer, Ctrl-D ends")
+        print("/image FILE   /reset   /box on|off   /quit   Ctrl-C stops an answer, Ctrl-D ends")
     while True:
         try:
             line = read_line(mark)
             command, _, name = line.partition(" ")
+            if line in ("/quit", "exit", "quit"):
+                return
             if command == "/image":
                 talk.start(open_image(name.strip()))
             elif command == "/reset":
@@ -520,12 +549,13 @@ def chat(args):
             elif line == "/box off":
                 save = None
             elif command.startswith("/"):
-                print("the commands are /image FILE, /reset, /box on and /box off")
+                print("the commands are /image FILE, /reset, /box on, /box off and /quit")
             elif line:
                 box = parse_box(reply(talk, clean(line, "the question"), settings))
                 if box and talk.image and save:
-                    draw_boxes(talk.image, [(box, line, NAMED)]).save(save)
-                    print(f"[{save}: the box in pixels is {in_pixels(box, talk.image)}]")
+                    file = unused(save)
+                    draw_boxes(talk.image, [(box, line, NAMED)]).save(file)
+                    print(f"[{file}: the box in pixels is {in_pixels(box, talk.image)}]")
         except (EOFError, KeyboardInterrupt):
             print()
             return
@@ -562,7 +592,10 @@ def reply(talk, line, settings):
 
 
 def load(args):
-    return load_model(args.ckpt, args.tokenizer, args.device, args.dtype, args.branch)
+    path = args.ckpt or newest()
+    if not args.ckpt:
+        print(f"model: {weights.find(path)}", file=sys.stderr)
+    return load_model(path, args.tokenizer, args.device, args.dtype, args.branch)
 
 
 def main(argv=None):

@@ -57,6 +57,8 @@ def run(main):
         if hasattr(stream, "reconfigure"):  # a terminal may lack the letters of an answer
             stream.reconfigure(errors="backslashreplace")
     try:
+        if sys.stdout is None:
+            raise BadInput("the standard output is closed, so there is nowhere to answer; open it")
         main()
     except KeyboardInterrupt:
         return 130

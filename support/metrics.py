@@ -8,6 +8,7 @@ mean is math.fsum's, correctly rounded: the order in which ranks deliver cannot 
 The quirks of the official scripts are kept where figures are compared, and named where they stand.
 """
 
+import functools
 import math
 import re
 from collections import Counter, defaultdict
@@ -138,7 +139,40 @@ def normalise_m4c(text):
     return normalise(text.lower().replace(",", "").replace("?", "").replace("'s", " 's").strip())
 
 
-PROTOCOLS = {"vqav2": normalise, "infmllm": normalise, "textvqa": normalise_m4c}
+def lemmatise(text):
+    """OK-VQA's official form of an answer: nouns and verbs as the dictionary has them."""
+    return " ".join(
+        token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text
+        for token in spacy_model()(text)
+    )
+
+
+@functools.cache
+def spacy_model():
+    """spaCy's small English model, None where it is not installed."""
+    try:
+        import spacy
+
+        return spacy.load("en_core_web_sm")
+    except (ImportError, OSError):
+        return None
+
+
+def cut_gqa(text):
+    """How InfMLLM's evaluation reads an answer to GQA: its first clause, from behind the first of five words
+    and up to an " of"."""
+    for mark in ".,!":
+        text = text.split(mark)[0]
+    text = text.lower()
+    for word in ("is ", "are ", "a ", "an ", "the "):
+        if word in text:
+            text = text.split(word)[1]
+    return text.split(" of")[0].strip()
+
+
+PROTOCOLS = {"vqav2": normalise, "infmllm": normalise, "okvqa": normalise, "textvqa": normalise_m4c}
+# matched as a whole: how the prediction is read
+EXACT = {"gqa": cut_gqa, "ocrvqa": str, "ai2d": str}
 
 
 def vqa_score(prediction, answers, protocol="vqav2"):
@@ -146,12 +180,15 @@ def vqa_score(prediction, answers, protocol="vqav2"):
 
     protocol  "vqav2"    the official code: normalises only if the answers differ, else matches letter by letter
               "infmllm"  InfMLLM's evaluation, behind its published figures: normalises always
+              "okvqa"    the same, of the prediction as lemmatise() makes it, where spaCy is installed
               "textvqa"  the M4C evaluator, as LLaVA reports TextVQA: always, and with its own first step
 
     Of fewer than four answers (the official files have ten) it is the share that matches, which is what the
     formula gives for four: an answer that everyone gave scores 1, and one answer alone must be matched.
     """
     check_list(answers)
+    if protocol == "okvqa" and spacy_model():
+        prediction = lemmatise(prediction)
     clean = PROTOCOLS[protocol]
     texts = [re.sub(r"[\n\t]", " ", text).strip() for text in (prediction, *answers)]
     if protocol != "vqav2" or len(set(texts[1:])) > 1:
@@ -165,11 +202,27 @@ def vqa_score(prediction, answers, protocol="vqav2"):
 
 
 def exact_score(prediction, answers):
-    """1 if the prediction is one of the answers, up to case, outer white space (as in InfMLLM's evaluation) and a
-    closing period, which chat models like to add (as in LLaVA's). For GQA and OCR-VQA."""
+    """1 if the prediction is one of the answers, up to case, outer white space and a closing period, which chat
+    models like to add (as in LLaVA's evaluation)."""
     check_list(answers)
     prediction, *answers = (text.strip().rstrip(".").lower() for text in (prediction, *answers))
     return float(prediction in answers)
+
+
+def short_answer_scores(predictions, answers, protocol):
+    """(name of the metric, a score for each prediction), by vqa_score or, for EXACT, by InfMLLM's exact match."""
+    if protocol in EXACT:
+        read = EXACT[protocol]
+        said = [read(text.strip()).lower() for text in predictions]
+        found = [
+            float(text in [answer.strip().lower() for answer in own])
+            for text, own in zip(said, answers, strict=True)
+        ]
+        return f"exact ({protocol})", found
+    name = f"accuracy ({protocol})"
+    if protocol == "okvqa" and not spacy_model():
+        name = "accuracy (okvqa without spaCy's en_core_web_sm: not comparable)"
+    return name, [vqa_score(*pair, protocol) for pair in zip(predictions, answers, strict=True)]
 
 
 # ---------------------------------------------------------------------------------------------------

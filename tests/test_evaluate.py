@@ -3,7 +3,10 @@
 import json
 import multiprocessing
 import os
+import re
+import shutil
 import socket
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +21,7 @@ from support import drawing, metrics
 from support.commands import run
 from text import encode_turns
 from text.templates import chat_turn, prompt
+from text.tokenizer import Tokenizer
 
 MIXTURE = """
 [[source]]
@@ -105,6 +109,7 @@ def data(made, tmp_path_factory):
         "chat": listed(TALK),
         "lost": listed(PHRASE.replace("#.png", "no-such-#.png")),
         "long": listed(PHRASE.replace("very ", "very " * 400)),
+        "pope": POPE,
     }
     for name, text in files.items():
         (folder / f"{name}.json").write_text(text)
@@ -153,6 +158,7 @@ def test_every_sample_is_answered_once_in_order_with_what_scoring_needs(data, wh
     assert talk == [(["It is red."], "colour"), ([RIGHT], "ground")]
     scores = json.loads(whole[1])
     for name, turns in TURNS.items():
+        assert scores[name].pop("records") == {"asked": 7, "of": 7, "unreadable": 0}
         assert max(entry["count"] for entry in scores[name].values()) == 7 * turns
     sent = {
         "vqa": {"question_id": 700, "answer": first["vqa"]["said"]},
@@ -278,6 +284,7 @@ def test_scores_of_answers_by_hand():
         ("  count", 0.5, 2),
     ]
     assert score(vqa, "vqa", "infmllm")[0] == ("accuracy (infmllm)", pytest.approx(2 / 3), 3)
+    assert score(vqa, "vqa", "gqa")[0] == ("exact (gqa)", pytest.approx(1 / 3), 3)
     assert score(vqa[3:], "vqa")[0][2] == 0, "a test split has no answers, and no score"
 
 
@@ -289,7 +296,9 @@ def test_scores_of_a_talk_by_hand_and_a_type_called_like_a_metric_hides_nothing(
     ]
     found = score(talk, "chat")
     assert found == [("right", pytest.approx(2 / 3), 3), ("  ground", 0.5, 2), ("  right", 1.0, 1)]
-    assert list(evaluate.table({"chat": found})["chat"]) == ["right", "type ground", "type right"]
+    exam = evaluate.Exam("chat", "chat", "chat", 3, None)
+    [kept] = evaluate.table({"chat": found}, [exam], []).values()
+    assert list(kept) == ["right", "type ground", "type right", "records"]
 
 
 def test_scores_of_captions_by_hand():
@@ -308,11 +317,10 @@ def test_scores_of_captions_by_hand():
 
 
 def test_pope_and_mme_files_are_read_asked_and_scored(inside, tmp_path, capsys):
-    (tmp_path / "pope.json").write_text(POPE)
     shortly = "--max-new-tokens 4 --json"
-    ask(f"--pope {tmp_path}/pope.json --images images --task chat --out {tmp_path}/p {shortly}")
+    ask(f"--pope pope.json --images images --task chat --out {tmp_path}/p {shortly}")
     scores = json.loads(capsys.readouterr().out)["pope"]
-    assert list(scores) == ["accuracy", "precision", "recall", "f1", "yes_ratio"]
+    assert list(scores) == ["accuracy", "precision", "recall", "f1", "yes_ratio", "records"]
     assert scores["f1"]["count"] == 2
     first = rows_of((tmp_path / "p/predictions.jsonl").read_bytes())[0]
     assert "\nIs it 0?\nAnswer the question using a single word" in first["asked"]
@@ -338,9 +346,68 @@ def test_the_contact_sheet_shows_wrong_and_right_with_both_boxes(inside, tmp_pat
         assert (abs(page - colour).sum(2) < 12).sum() > 300, colour
 
 
-def test_captions_of_the_toy_may_be_shorter_than_those_of_other_data():
-    assert evaluate.parse([]).min_new_tokens == 0
-    assert evaluate.parse(["--data", "all.toml"]).min_new_tokens is None
+def test_no_picture_comes_twice_on_the_contact_sheet(inside, whole, tmp_path, monkeypatch):
+    cells = []
+    monkeypatch.setattr(drawing, "sheet", lambda shown, path: cells.extend(shown))
+    ask(f"{ALL} whole --sheet {tmp_path}/sheet.png")
+    assert len({image.tobytes() for image, *_ in cells}) == len(cells) == 7
+
+
+def test_a_limit_takes_a_random_sample_that_is_always_the_same_and_says_of_how_many(
+    inside, tmp_path, capsys
+):
+    numbers = []
+    for name in ("one", "two"):
+        ask(f"--data refs.toml --limit 3 --max-new-tokens 2 --out {tmp_path}/{name}")
+        assert "one 3 of 7\n" in capsys.readouterr().out
+        rows = rows_of((tmp_path / name / "predictions.jsonl").read_bytes())
+        numbers.append([r["number"] for r in rows])
+    assert numbers[0] == numbers[1] != [0, 1, 2]
+    assert len(set(numbers[0])) == 3
+
+
+def test_a_bad_picture_ends_only_itself_is_counted_and_named_and_asked_once_it_is_mended(
+    data, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(data, tmp_path / "own", symlinks=True)
+    monkeypatch.chdir(tmp_path / "own")
+    Path("images/3.png").write_text("no picture")
+    ask("--data refs.toml --max-new-tokens 2 --out o")
+    said, complaint = capsys.readouterr()
+    assert "one 7 of 7 (1 could not be read)" in said
+    assert "1 samples could not be read: o/unreadable.txt" in complaint
+    assert "3.png" in Path("o/unreadable.txt").read_text()
+    assert '"count": 6' in Path("o/scores.json").read_text()
+    shutil.copy("images/2.png", "images/3.png")
+    ask("--data refs.toml --max-new-tokens 2 --out o")
+    assert '"count": 6' not in Path("o/scores.json").read_text()
+    assert not Path("o/unreadable.txt").exists()
+
+
+def test_without_a_terminal_its_progress_is_said_with_the_time_gone_and_to_go(
+    inside, tmp_path, capsys
+):
+    ask(f"--data refs.toml --batch 1 --max-new-tokens 2 --out {tmp_path}")
+    line = r"\d+% answered, \d\d:\d\d gone, \d\d:\d\d to go"
+    assert len(re.findall(line, capsys.readouterr().err)) == 6, "after all but the last of seven"
+
+
+def test_commands_to_a_terminal_in_an_answer_do_not_reach_the_files(inside, tmp_path, monkeypatch):
+    monkeypatch.setattr(Tokenizer, "decode", lambda self, ids: "\x1b[2Jred\x9b")
+    ask(f"--data refs.toml --max-new-tokens 2 --out {tmp_path}")
+    rows = rows_of((tmp_path / "predictions.jsonl").read_bytes())
+    assert {r["said"] for r in rows} == {"\ufffd[2Jred\ufffd"}
+
+
+def test_the_help_names_the_beams_and_token_limits_of_every_task(capsys):
+    names = {"caption": "caption are", "vqa": "(vqa)", "ground": "(ground)", "region": "(region)"}
+    with pytest.raises(SystemExit):
+        evaluate.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    for task, settings in sample.DECODING.items():
+        limits = f"{settings.get('beams', 1)} and {settings['max_new_tokens']}"
+        assert f"{names.get(task, task)} {limits}" in said
+        assert "min_new_tokens" not in settings, "an answer may be as short as it likes"
 
 
 @pytest.mark.parametrize(
@@ -353,9 +420,9 @@ def test_captions_of_the_toy_may_be_shorter_than_those_of_other_data():
         ("--data all.toml --ckpt images", "images"),
         ("--data refs.toml --task vqa", "--task vqa"),
         ("--data lost.toml", "no-such-0.png"),
-        ("--data long.toml", "tokens"),
         ("--pope nowhere.json", "nowhere.json"),
         ("--pope refs.json", "line 1"),
+        ("--pope pope.json --images nowhere", "nowhere/0.png"),
         ("--mme images", "images"),
         ("--mme images --task ground", "--task"),
         ("--images images", "--pope"),

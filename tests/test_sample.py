@@ -4,9 +4,11 @@ import io
 import json
 import os
 import shlex
+import shutil
 import signal
 import sys
 from itertools import islice
+from pathlib import Path
 
 import oracle
 import pytest
@@ -21,7 +23,7 @@ from model import IMAGE
 from support.commands import run
 from support.drawing import NAMED
 from support.errors import BadInput
-from text import encode_prompt
+from text import Tokenizer, encode_prompt
 from text.templates import prompt
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
@@ -181,7 +183,7 @@ def test_strings_in_and_out_are_the_ids_of_generate_ids(loaded, made):
     pixels = [sample.square(image, 32) for image in (one, two, one)]
     tokens = [encode_prompt(tokenizer, text, 4) for text in texts]
     ids = sample.generate_ids(model, pixels, tokens, eos=tokenizer.eos, **drawn)
-    assert said == [tokenizer.decode(row) for row in ids]
+    assert said == [sample.visible(tokenizer.decode(row)) for row in ids]
     assert len(set(said)) == 3
     padded = sample.generate(model, tokenizer, [one], texts[:1], pad=True, **drawn)
     assert padded != said[:1], "a padded picture is another picture"
@@ -280,8 +282,9 @@ where?
     assert (code, err) == (0, "")
     assert out.startswith("blind\n")
     assert out.count("it is at <box>") == 3
-    assert out.count("[box.png: the box in pixels is [9.0, 8.0, 45.0, 36.0]]") == 2
-    assert Image.open("box.png")
+    for name in ("box.png", "box-2.png"):  # the second does not overwrite the first
+        assert out.count(f"[{name}: the box in pixels is [9.0, 8.0, 45.0, 36.0]]") == 1
+        assert Image.open(name)
     for hint in (
         "the commands are",
         "nowhere.png: no such image",
@@ -290,6 +293,28 @@ where?
         "reserved mark",
     ):
         assert out.count(hint) == 1, hint
+
+
+@pytest.mark.parametrize("word", ["/quit", "exit", "quit"])
+def test_a_chat_ends_when_it_is_told_to(command, word):
+    assert command("", f"{word}\nhello\n") == (0, "", "")
+
+
+def test_without_a_checkpoint_it_says_which_one_it_took(command):
+    folder = Path("out/stage2/step-00000007")
+    shutil.copytree("ck", folder)
+    code, _, err = command("--ckpt '' --prompt hello --max-new-tokens 2")
+    assert (code, err) == (0, f"model: {folder}\n")
+
+
+def test_commands_to_a_terminal_are_shown_as_unknown_characters(command, monkeypatch):
+    said = "\x1b[2Jone\r\x07\u009b8two".encode()
+    tokenizer = Tokenizer("ck")
+    ids = [tokenizer.model.piece_to_id(f"<0x{byte:02X}>") for byte in said]
+    monkeypatch.setattr(sample, "decode", lambda *_, **__: (torch.tensor([i]) for i in ids))
+    shown = "\ufffd[2Jone\ufffd\ufffd\ufffd8two\n"
+    assert command("--prompt hello") == (0, shown, "")
+    assert command("", "hello\n") == (0, shown + "\n", "")
 
 
 def test_ctrl_c_ends_the_answer_and_not_the_talk(command, monkeypatch):
@@ -326,6 +351,15 @@ def test_every_task_answers_on_a_picture_and_on_a_folder(command, task, text):
     assert len(lines) == 3
     assert lines[2] == f"photos/wide.png: {said}", "a folder gives what each picture gives alone"
     assert Image.open("all.png").width > 3 * 256
+
+
+def test_a_bad_picture_of_a_folder_ends_only_itself_and_is_named_and_counted(command):
+    shutil.copytree("photos", "mixed")
+    shutil.copy("broken.png", "mixed/aaa.png")
+    flags = " --task caption --max-new-tokens 6"
+    code, out, err = command("--image mixed" + flags)
+    assert code == 0 and "mixed/aaa.png" in err and "1 of 4 pictures could not be read\n" in err
+    assert out == command("--image photos" + flags)[1].replace("photos/", "mixed/")
 
 
 def test_a_box_that_is_named_is_given_in_pixels_of_its_picture(command, monkeypatch):

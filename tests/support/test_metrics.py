@@ -2,6 +2,8 @@
 
 import random
 import shutil
+import sys
+from types import SimpleNamespace
 
 import pytest
 from pycocoevalcap.cider.cider_scorer import CiderScorer
@@ -20,6 +22,8 @@ from support.metrics import (
     normalise_m4c,
     pope,
     pope_answer,
+    short_answer_scores,
+    spacy_model,
     tokenise,
     vqa_score,
 )
@@ -209,6 +213,45 @@ def test_vqa_accuracy_by_hand_under_three_protocols(prediction, answers, vqav2, 
     assert vqa_score(prediction, answers) == pytest.approx(vqav2)
     assert vqa_score(prediction, answers, "infmllm") == pytest.approx(infmllm)
     assert vqa_score(prediction, answers, "textvqa") == pytest.approx(textvqa)
+
+
+@pytest.mark.parametrize(
+    "protocol, said, answer, score",
+    [
+        ("gqa", " Yes, it is a dog.", "Yes", 1),
+        ("gqa", "Red! Or blue", "red", 1),
+        ("gqa", "The man is wearing a Red Shirt", "red shirt", 1),
+        ("gqa", "the ball is on the left of it", "left", 1),
+        ("gqa", "an orange", "orange", 1),
+        ("gqa", "they are small birds", "small birds", 1),
+        ("gqa", "the man in a hat on the left", "left", 1),  # "a " comes before "the "
+        ("gqa", "it is what it is now", "what it", 1),  # up to the second "is "
+        ("gqa", "a panda bear", "pand", 1),  # wherever the letters stand
+        ("gqa", "a cup", "a cup", 0),  # the answer is not cut
+        ("ocrvqa", " The End ", "the end", 1),
+        ("ocrvqa", "the end.", "the end", 0),
+        ("ocrvqa", "is it", "it", 0),
+        ("ai2d", "Leaf.", " leaf.", 1),
+        ("ai2d", "a leaf", "leaf", 0),
+    ],
+)
+def test_gqa_ocrvqa_and_ai2d_by_hand(protocol, said, answer, score):
+    found = short_answer_scores([said, said], [["other", answer], ["none"]], protocol)
+    assert found == (f"exact ({protocol})", [score, 0])
+
+
+def test_okvqa_takes_the_lemmas_of_nouns_and_verbs_and_without_spacy_is_not_comparable(monkeypatch):
+    words = ("better", "good", "ADJ"), ("dogs", "dog", "NOUN"), ("running", "run", "VERB")
+    tokens = [SimpleNamespace(text=text, lemma_=lemma, pos_=pos) for text, lemma, pos in words]
+    spacy = SimpleNamespace(load=lambda name: lambda text: tokens)
+    asked = ["better dogs running"], [["better dog run"] * 10], "okvqa"
+    monkeypatch.setitem(sys.modules, "spacy", spacy)
+    spacy_model.cache_clear()
+    assert short_answer_scores(*asked) == ("accuracy (okvqa)", [1])
+    monkeypatch.setitem(sys.modules, "spacy", None)  # not installed
+    spacy_model.cache_clear()
+    name, scores = short_answer_scores(*asked)
+    assert "not comparable" in name and scores == [0]
 
 
 def test_exact_match_forgives_case_outer_space_and_a_closing_period_alone():
