@@ -25,8 +25,11 @@ from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 
+from support.threads import wait_briefly
+
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback out of an import
+    wait_briefly()
 
 import torch
 from safetensors import SafetensorError
@@ -37,13 +40,16 @@ import sample
 import toy
 import weights
 from adapter import pool_path
-from data import BUCKET, Data, collate
+from data import BUCKET, Data, collate, some
 from formats import load_mixture
+from formats.pictures import peek
 from model import PARTS, TUNE
 from support import start
 from support.commands import Parser, amount, natural, number, positive
 from support.errors import BadInput, complain
-from support.log import Log, measured_time, peak_memory, plot, stage_table
+from support.files import read_json
+from support.lock import hold
+from support.log import Log, asked_of, measured_time, peak_memory, plot, stage_table
 from support.metrics import iou
 from support.plan import GIB, arithmetic, counted, describe, gpu_memory
 from support.processes import end_loaders, on_signals, stop_at_once
@@ -112,6 +118,8 @@ STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
 BETAS = (0.9, 0.95)  # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 CLIP = 1.0  # the gradient's global norm is cut to this
+FOREIGN = 0.1  # share of a text without words above which something is said
+GLANCE = 16  # records of a source that --plan reads
 SKIPS = 3  # updates in a row without a finite gradient, after which the run stops
 DTYPES = start.DTYPES | {"fp64": torch.float64}
 
@@ -131,6 +139,7 @@ class Settings(Stage):
     out: Path
     start: Path | None = None  # the checkpoint that the weights come from
     resumed: bool = False  # the run in `out` goes on
+    planned: int | None = None  # its steps before it was lengthened
     data: str | None = None
     eval_data: str | None = None
     vit: str | None = None
@@ -176,6 +185,8 @@ def resolve(args, stage, world):
     if stored.get("stage", stage) != stage:
         raise BadInput(f"--stage {stage}: {out} is of stage {stored['stage']}; resume that")
     preset = args.preset or trained.get("preset", "toy")
+    if args.preset and origin and trained.get("preset") != preset:
+        start.same_architecture(args, origin)
     tune = args.tune or stored.get("tune") or TUNE[stage]
     table = STAGES.get(preset, OTHERS)
     row = asdict(table[stage])
@@ -189,9 +200,13 @@ def resolve(args, stage, world):
         given["lr"] = row["lr"]
     lasting = {key: stored[key] for key in LASTING if key in stored}
     for key, value in lasting.items():
+        if key == "steps" and given.get(key, value) > value:
+            given["planned"] = value
+            continue  # the run is lengthened
         if given.get(key, value) != value:
+            hint = "; only more steps are possible" if key == "steps" else ""
             raise BadInput(
-                f"--{key.replace('_', '-')}: the run in {out} has {value} and not {given[key]}; "
+                f"--{key.replace('_', '-')}: the run in {out} has {value} and not {given[key]}{hint}; "
                 "leave it out to resume, or name another --out"
             )
     cuda = args.device != "cpu" and (torch.cuda.is_available() or bool(args.gpus))
@@ -240,6 +255,31 @@ def peak_rates(table, stage, tune, given):
     return {part: given.get(part, given.get("", rates[part])) for part in trained}
 
 
+def by_stage(name):
+    """The defaults of a setting in the stages' rows, for --help."""
+    texts = [
+        f"{', '.join(str(getattr(row, name)) for row in table.values())} ({preset})"
+        for preset, table in (("toy", TOY), ("InfMLLM", PAPER))
+    ]
+    return f"; default in stages 1, 2, 3: {'; '.join(texts)}"
+
+
+def show_stages():
+    """The table of stages, for people."""
+    print(
+        f"{'preset':<13}stage{'steps':>7}{'batch':>7}{'pixels':>8}{'tokens':>8}  peak learning rates"
+    )
+    for preset, make in models.PRESETS.items():
+        for stage, row in STAGES.get(preset, OTHERS).items():
+            config = make()
+            pixels = row.image_size or config.vit.image_size
+            lr = ", ".join(f"{part} {rate:.0e}" for part, rate in row.lr.items())
+            print(
+                f"{preset:<13}{stage:>5}{row.steps:>7}{row.batch:>7}{pixels:>8}"
+                f"{config.visual_tokens:>8}  {lr}"
+            )
+
+
 share = number(float, 0, 1)
 
 
@@ -273,15 +313,19 @@ def flags():
     flag("--llm", str, "take the LLM from here: a LLaMA or Vicuna folder")
     flag("--tokenizer", str, "sentencepiece model; default: the one beside --llm or --init")
     flag("--out", str, "folder of the run; default: out/stageN (--stage all: that of the three)")
-    flag("--resume", bool, "go on with the run in --out; its own settings hold")
-    flag("--steps", positive, "updates")
-    flag("--batch", positive, "rows per update over all ranks")
-    flag("--accum", positive, "micro-batches per rank and update")
-    flag("--lr", rates, "peak learning rate: 1e-3 for all parts, or adapter=1e-3,llm=2e-5")
-    flag("--warmup", share, "share of the steps in which the rate rises")
-    flag("--weight-decay", amount, "AdamW's, of matrices only")
-    flag("--image-size", positive, "pixels per side")
-    flag("--grid", positive, "P: an image becomes P x P visual tokens")
+    flag(
+        "--resume",
+        bool,
+        "go on with the run in --out, as it learns: its data, rates and steps hold",
+    )
+    flag("--steps", positive, f"updates; with --resume more than before{by_stage('steps')}")
+    flag("--batch", positive, f"rows per update over all ranks{by_stage('batch')}")
+    flag("--accum", positive, "micro-batches per rank and update; default: as memory asks for")
+    flag("--lr", rates, "peak learning rate: 1e-3, or adapter=1e-3,llm=2e-5; default: see --stages")
+    flag("--warmup", share, "share of the steps in which the rate rises; default 0.03")
+    flag("--weight-decay", amount, f"AdamW's, of matrices only{by_stage('weight_decay')}")
+    flag("--image-size", positive, "pixels per side; default: see --stages")
+    flag("--grid", positive, "P: an image becomes P x P visual tokens; default: the preset's")
     kinds = (*TUNE.values(), "inner")
     flag(
         "--tune",
@@ -302,7 +346,7 @@ def flags():
         "pool, mlp, resampler, or FILE.py:CLASS, a class of your own (docs/FORK.md); another than "
         "--init's starts fresh",
     )
-    flag("--recompute", bool, "activation checkpointing: less memory, a third more work")
+    flag("--recompute", bool, f"activation checkpointing: less memory{by_stage('recompute')}")
     flag("--seed", natural, "of the batches and of fresh weights; default 0")
     flag("--device", ("cpu", "cuda"), "default: cuda where there is one")
     flag("--dtype", DTYPES, "of the arithmetic; default: bf16 on cuda, fp32 on cpu")
@@ -310,8 +354,12 @@ def flags():
     flag("--shard", bool, "spread weights, gradients and optimizer over the ranks (fully_shard)")
     flag("--compile", bool, "torch.compile each layer")
     flag("--log-every", positive, "steps between records of log.jsonl; default 10")
-    flag("--eval-every", natural, "steps between held-out losses; 0: never; default: 4 a run")
-    flag("--eval-rows", positive, "held-out rows of each evaluation; default 128")
+    flag(
+        "--eval-every",
+        natural,
+        "steps between held-out losses; 0: never, and no scores at the end; default: 4 a run",
+    )
+    flag("--eval-rows", positive, "held-out rows, a random sample, of each source; default 128")
     flag(
         "--score-rows",
         natural,
@@ -331,6 +379,7 @@ def flags():
     flag("--tensorboard", bool, "write the records of log.jsonl for tensorboard too")
     flag("--plan", bool, "print what would happen and what it would take; train nothing")
     flag("--gpus", gpus, "for --plan: how many GPUs of how many GiB, such as 8x80")
+    flag("--stages", bool, "print the table of stages, and do nothing else")
     flag("--plot", str, "draw loss.png from the log.jsonl of this folder, and do nothing else")
     return p
 
@@ -398,15 +447,23 @@ class Run:
 def train(args, stage, ranks):
     """-> whether all steps of the stage are done"""
     # ---- settings ------------------------------------------------------------------------------
-    s = resolve(args, stage, ranks.world)
     device, first = ranks.device, ranks.rank == 0
+    s = resolve(args, stage, ranks.world)
+    lock = hold(s.out) if first else None
+    s = resolve(args, stage, ranks.world)  # again, as another run may just have ended there
     if args.resume and not s.resumed and first:
         print(f"{s.out}: no checkpoint yet, so the run starts from the beginning")
     state = weights.read_checked(s.start, "state.json") if s.resumed else {"step": 0}
     if state["step"] >= s.steps:
         if first:
-            print(f"{s.out}: all {s.steps} steps are done")
+            print(f"{s.out}: all {s.steps} steps are done; --resume --steps MORE lengthens the run")
         return True
+    if s.planned and first:
+        print(
+            f"the run is lengthened from {s.planned} to {s.steps} steps: from step {state['step']} on the "
+            f"learning rate is that of a run of {s.steps} steps, "
+            f"at first {share_of_peak(s, state['step']):.0%} of its peak"
+        )
     torch.manual_seed(s.seed)
 
     # ---- model ---------------------------------------------------------------------------------
@@ -421,6 +478,7 @@ def train(args, stage, ranks):
         s.out.mkdir(parents=True, exist_ok=True)
         describe(model, s, ranks.world, origins, gpu_memory(device))
         held = counted(held_out.counts) if held_out else "none (--eval-data names one)"
+        say_foreign(data)
         print(
             f"pooling by {pool_path(device.type)}; samples: {counted(data.counts)}; held out: {held}"
         )
@@ -437,6 +495,7 @@ def train(args, stage, ranks):
 
     # ---- the loop --------------------------------------------------------------------------------
     log = Log(run)
+    begun = run.step
     saved_at = time.monotonic()
     signals = []  # those that ask us to save and leave
     if run.step == 0 and s.eval_every:
@@ -454,6 +513,8 @@ def train(args, stage, ranks):
         while run.step < s.steps:
             with log.timed("load"):
                 batches = next(stream)
+            if run.step == begun:
+                log.begin()  # what had to start for the first batch is no part of a step
             due = first and 0 < s.save_minutes * 60 < time.monotonic() - saved_at
             # what one rank knows, all of them act on
             supervised, bad, due, leave = ranks.sum(
@@ -487,9 +548,13 @@ def train(args, stage, ranks):
     done = run.step == s.steps
     if first:
         print(f"memory of a rank at its peak, measured: {peak_memory(device)}")
+        if run.bad:
+            print(f"{run.bad} samples could not be read: {s.out / 'unreadable.txt'}")
         next_command(args, s, run.step)
     if done and ranks.world == 1 and s.score_rows and held_out and s.eval_every:
         final_scores(run)
+    if lock:
+        lock.close()
     return done
 
 
@@ -508,6 +573,16 @@ def open_data(s, c, tokenizer, ranks):
     if not s.eval_data and not held_out.exists():
         return data, None
     return data, Data(held_out, tokenizer, *sizes, train=False, image_mark=c.image_mark)
+
+
+def say_foreign(data):
+    """A model learns little from a text that it has hardly any words for."""
+    for name, share in data.foreign.items():
+        if share > FOREIGN:
+            print(
+                f"source '{name}': {share:.0%} of its text is read letter by letter, as the LLM has no words "
+                "for it; the toy's knows its own world's alone, so take a real one with --llm"
+            )
 
 
 def same_everywhere(s, data, ranks):
@@ -724,7 +799,9 @@ def save(run):
         old = sorted(s.out.glob("step-*[0-9]"))[: -s.keep]
         killed = s.out.glob("step-*.new")  # while they were being written
         for folder in (*old, *killed):
-            shutil.rmtree(folder, ignore_errors=True)
+            # whoever reads it finds it whole or not at all
+            gone = folder.rename(folder.with_suffix(".gone"))
+            shutil.rmtree(gone, ignore_errors=True)
     except (OSError, SafetensorError) as e:
         shutil.rmtree(f"{path}.new", ignore_errors=True)
         raise BadInput(
@@ -747,7 +824,7 @@ def restore(run, state):
         data.bad = run.bad  # the ranks' counts are summed
     for name, value in state["meters"].items():
         run.meters[name].fill_(value)
-    stored = weights.load_tensors(path / "optimizer.safetensors")
+    stored = weights.load_checked(path, "optimizer.safetensors")
     trained = {name: p for name, p in run.model.named_parameters() if p.requires_grad}
     expected = {f"{name}.{key}" for name in trained for key in MOMENTS} | {"steps"}
     if expected != set(stored):
@@ -789,9 +866,9 @@ def check_batches(run, batches, supervised):
 def log_progress(run, log):
     """Between saves and evaluations the only place of the loop that waits for the device."""
     meters = {name: meter.item() for name, meter in run.meters.items()}
-    log.progress(meters)
     run.meters["loss"].zero_()
     run.meters["tokens"].zero_()
+    log.progress(meters)
     if meters["in_a_row"] >= SKIPS:
         raise BadInput(
             f"step {run.step}: {SKIPS} updates in a row had no finite gradient and were skipped; lower "
@@ -819,17 +896,17 @@ def show_held_out(run, log):
 
 @torch.no_grad()
 def held_out_loss(run):
-    """{source: loss per supervised token} of the first --eval-rows samples, over all ranks."""
+    """{source: loss per supervised token} of --eval-rows samples, over all ranks."""
     data, ranks = run.held_out, run.ranks
     together = run.s.rows * ranks.world
     losses = {}
     for source in data.sources:
         sums = torch.zeros(2, dtype=torch.float64, device=ranks.device)
-        numbers = range(min(run.s.eval_rows, len(source)))
+        numbers = some(len(source), run.s.eval_rows)
         for begin in range(0, len(numbers), together):
             mine = numbers[begin : begin + together][ranks.rank :: ranks.world]
             # sharding needs as many forward passes on every rank: without a row left, one that does not count
-            samples = [data.sample(source, number, 0) for number in mine or [0]]
+            samples = [data.readable_sample(source, n, 0, []) for n in mine or [0]]
             batch = collate(samples, data.tokenizer.pad, data.visual, data.image_size)
             loss = run.loss(batch)
             if mine:
@@ -850,7 +927,10 @@ def examples(run):
         return []
     lines = []
     for source in run.held_out.sources:
-        item = next(run.held_out.samples(source.name))
+        try:
+            item = run.held_out.record(source, 0)
+        except BadInput:
+            continue
         with run.autocast():
             said = sample.generate(
                 run.model,
@@ -877,7 +957,6 @@ def final_scores(run):
     """What evaluate.py says of the finished model, with its contact sheet, and a column for each stage."""
     out = run.s.out
     shutil.rmtree(out / "evaluation", ignore_errors=True)
-    print(f"answers to {run.s.score_rows} held-out samples of each source:")
     try:
         run.model.eval()
         with run.autocast():
@@ -890,12 +969,12 @@ def final_scores(run):
                 batch=50,
                 sheet=out / "sheet.png",
                 beams=1,
-                min_new_tokens=0,
             )
     except BadInput as e:
         print(f"not scored: {e}")  # the run is done and saved all the same
         return
     stage_table(out)
+    print(asked_of(read_json(out / "evaluation/scores.json")))
     print(f"right and wrong answers: {out / 'sheet.png'}")
 
 
@@ -914,12 +993,29 @@ def next_command(args, s, step):
         tuned = f" --tune inner --branch {s.branch}" if s.tune == "inner" else ""
         if named:
             named = f" --init {s.out} --out {s.out.with_name(f'stage{s.stage + 1}')}"
-        data = " --data MIXTURE.toml" if args.data else ""
+        data = "" if s.data.startswith("out/toy/") else " --data MIXTURE.toml"
         print(f"next: python train.py --stage {s.stage + 1}{tuned}{named}{data}")
 
 
 # ---------------------------------------------------------------------------------------------------
 # Commands
+
+
+def glance(source):
+    """Some records of a source are read, so that a wrong folder is found before a machine is rented."""
+    problems = []
+    numbers = some(len(source), GLANCE)
+    for n in numbers:
+        try:
+            record = source.read(n)
+            for ref in record.refs:
+                peek(ref, record.where)
+        except BadInput as e:
+            problems.append(e)
+    if problems:
+        print(
+            f"  {source.name}: {len(problems)} of {len(numbers)} cannot be read, as {problems[0]}"
+        )
 
 
 def plan(args, stage):
@@ -936,19 +1032,28 @@ def plan(args, stage):
         f"a row, {s.answer} of them supervised"
     )
     if s.data and Path(s.data).exists():
-        counts = {source.name: len(source) for source in load_mixture(s.data)}
+        sources = load_mixture(s.data)
+        counts = {source.name: len(source) for source in sources}
         total = sum(counts.values())
         print(f"samples: {counted(counts)}; {rows / total:.1f} epochs of {total:,}")
+        for source in sources:
+            glance(source)
     else:
         print(f"samples: not counted, as there is no {s.data or '--data'}")
     flops = s.batch * arithmetic(model.config, s)
-    print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; {measured_time(s.out, s.steps)}")
+    ran = start.saved(s.out)
+    alike = ran and weights.read_checked(ran, "config.json")["training"].get("preset") == s.preset
+    time = measured_time(s.out, s.steps) if alike else "time per step: not measured"
+    print(f"arithmetic: {flops / 1e12:,.2f} TFLOP a step; {time}")
 
 
 def command(argv):
     args = flags().parse_args(argv)
     if args.plot:
         plot(args.plot)
+        return
+    if args.stages:
+        show_stages()
         return
     contradictions(args)
     stages = (1, 2, 3) if args.stage == "all" else (int(args.stage),)

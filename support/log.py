@@ -8,7 +8,6 @@ import time
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
-from statistics import mean
 
 import torch
 from tqdm import tqdm
@@ -27,6 +26,8 @@ class Log:
         self.quiet = run.ranks.rank > 0
         self.peak = peak_flops(run.ranks.device)
         self.board = None
+        self.began = time.perf_counter()
+        self.first = run.step
         hidden = self.quiet or None  # None: where the output is no terminal
         self.bar = tqdm(total=s.steps, initial=run.step, unit="step", disable=hidden)
         self.begin()
@@ -42,6 +43,7 @@ class Log:
         self.step = self.run.step
         self.since = time.perf_counter()
         self.flops = 0
+        self.tokens = self.run.meters["tokens"].item()  # of steps before it, whose loss comes again
         self.seconds = Counter()  # of what is timed
 
     @contextmanager
@@ -86,7 +88,7 @@ class Log:
             "grad_norm": meters["norm"] if math.isfinite(meters["norm"]) else None,
             "lr": lr,
             "samples_per_s": run.s.batch * steps / took,
-            "tokens_per_s": meters["tokens"] / took,
+            "tokens_per_s": (meters["tokens"] - self.tokens) / took,
             "mfu": self.flops / took / self.peak if self.peak else None,
             "skipped": int(meters["skipped"]),
             "bad": run.bad,
@@ -102,8 +104,16 @@ class Log:
                 line += f"  {key} {record[key]}"
         self.bar.set_postfix_str(line)
         if self.bar.disable:
-            self.say(f"step {run.step}/{run.s.steps}  {line}")
+            gone = time.perf_counter() - self.began
+            when = times(gone, run.step - self.first, run.s.steps - run.step)
+            self.say(f"step {run.step}/{run.s.steps}  {when}  {line}")
         self.begin()
+
+
+def times(seconds, done, left):
+    """How long it has taken and will take, where no progress bar says it."""
+    rest = tqdm.format_interval(seconds / max(done, 1) * left)
+    return f"{tqdm.format_interval(seconds)} gone, {rest} to go"
 
 
 def open_tensorboard(out):
@@ -158,7 +168,10 @@ def plot(folder):
     folder = Path(folder)
     log = records(folder)
     curve = [(r["step"], r["loss"]) for r in log if "loss" in r]
-    held = [(r["step"], mean(r["held_out"].values())) for r in log if "held_out" in r]
+    held = {}  # a curve for each source
+    for r in log:
+        for name, loss in r.get("held_out", {}).items():
+            held.setdefault(name, []).append((r["step"], loss))
     if not curve:
         raise BadInput(f"{folder / 'log.jsonl'}: no record of a step; name the folder of a run")
     try:
@@ -169,12 +182,22 @@ def plot(folder):
     figure = Figure(figsize=(7, 4))
     axes = figure.subplots()
     axes.plot(*zip(*curve), label="training", linewidth=1)
-    if held:
-        axes.plot(*zip(*held), "o-", label="held out, mean of the sources")
+    for name, points in held.items():
+        axes.plot(*zip(*points), "o-", label=f"held out, {name}", markersize=3)
     axes.set(xlabel="step", ylabel="loss per supervised token", title=str(folder))
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
     print(f"drew {folder / 'loss.png'}")
+
+
+def asked_of(scores):
+    """How many records the scores in scores.json are of."""
+    texts = []
+    for source, entries in scores.items():
+        r = entries["records"]
+        bad = f" ({r['unreadable']} could not be read)" if r["unreadable"] else ""
+        texts.append(f"{source} {r['asked']:,} of {r['of']:,}{bad}")
+    return f"records asked, where not all a random sample: {', '.join(texts)}"
 
 
 def stage_table(out):
@@ -198,6 +221,8 @@ def summary(file):
     for source, scores in json.loads(file.read_text()).items():
         types = []
         for name, entry in scores.items():
+            if name == "records":
+                continue
             if name.startswith("type "):
                 types.append((entry["score"], name.removeprefix("type ")))
             else:

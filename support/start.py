@@ -6,9 +6,12 @@
 import argparse
 import importlib.util
 import os
+import sys
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 import iaa
@@ -40,6 +43,8 @@ def start_from(args, stage):
     """The checkpoint that a new run starts from; None where --vit and --llm say it all, or for --plan."""
     if args.init:
         return weights.find(args.init)
+    if args.plan and args.preset:
+        return None  # the preset is planned, whatever model lies in out/
     pieces = args.vit and args.llm
     if stage > 1:
         before = stage_folder(args, stage).parent / f"stage{stage - 1}"
@@ -62,6 +67,25 @@ def start_from(args, stage):
         f"stage 1 of {args.preset or 'toy'} starts from --vit and --llm, or from --init; "
         "name both, or that"
     )
+
+
+def same_architecture(args, path):
+    """Refuse a start that is another model than --preset, but for what --vit and --llm bring."""
+    wanted = models.PRESETS[args.preset]().to_dict()
+    found = weights.read_checked(path, "config.json")["model"]
+    others = []
+    for part in ("vit", "llm"):
+        if not getattr(args, part):
+            others += [
+                f"{part} {key} {found[part].get(key)} and not {value}"
+                for key, value in wanted[part].items()
+                if key != "image_size" and found[part].get(key) != value
+            ]
+    if others:
+        raise BadInput(
+            f"{path}: is not {args.preset} ({', '.join(others[:4])}); leave --preset out to train it as "
+            f"it is, or name a start that is {args.preset} with --init, or --vit and --llm"
+        )
 
 
 def build(s, say=True, plan=False):
@@ -192,10 +216,11 @@ def branch_base(s, model, tokenizer, origins, say=True):
 def find_tokenizer(s, llm):
     """The one named, or the one beside the weights of the LLM."""
     named = s.tokenizer or s.llm or s.start
-    return open_tokenizer(s.start if s.resumed else named, llm)
+    return open_tokenizer(s.start if s.resumed else named, llm, s.llm or s.start)
 
 
-def open_tokenizer(place, llm):
+def open_tokenizer(place, llm, weights_in):
+    """The tokenizer that lies there, held against what the LLM's own config.json says of it."""
     if Path(place).is_dir() and not Path(place, "tokenizer.model").is_file():
         raise BadInput(f"{place}: has no tokenizer.model; name LLaMA's with --tokenizer")
     tokenizer = Tokenizer(place)
@@ -204,6 +229,22 @@ def open_tokenizer(place, llm):
             f"{tokenizer.path}: has {tokenizer.size} pieces, more than the {llm.vocab} of the LLM's "
             "embeddings; take the one that belongs to it with --tokenizer"
         )
+    if tokenizer.size < 0.99 * llm.vocab:
+        print(
+            f"note: {tokenizer.path} has {tokenizer.size} pieces and the LLM {llm.vocab} embeddings; "
+            "if it belongs to another model, name the right one with --tokenizer",
+            file=sys.stderr,
+        )
+    config = Path(weights_in, "config.json")
+    theirs = read_json(config) if config.is_file() else {}
+    theirs = theirs.get("text_config") or theirs
+    for key, ours in (("bos_token_id", tokenizer.bos), ("eos_token_id", tokenizer.eos)):
+        expected = theirs.get(key)
+        if expected not in (None, ours) and ours not in np.ravel(expected):
+            raise BadInput(
+                f"{tokenizer.path}: its {key} is {ours} and that of {config} is {expected}; take the "
+                "tokenizer that belongs to the weights with --tokenizer"
+            )
     return tokenizer
 
 
@@ -214,15 +255,17 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def newest():
-    """The checkpoint that was written last in out/stage1, out/stage2, ..."""
-    found = Path("out").glob("stage*/step-*[0-9]/config.json")
-    path = max(found, key=lambda path: path.stat().st_mtime, default=None)
-    if path is None:
+    """The folder of the run in out/stage1, out/stage2, ... that has written last."""
+    times = {}
+    for path in Path("out").glob("stage*/step-*[0-9]"):
+        with suppress(FileNotFoundError):  # pruned the while
+            times[path.parent] = max(times.get(path.parent, 0), path.stat().st_mtime)
+    if not times:
         raise BadInput(
             "out/: holds no trained model; python train.py --stage all makes one, "
             "or name one with --ckpt"
         )
-    return path.parent
+    return max(times, key=times.get)
 
 
 def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
@@ -238,7 +281,7 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
     if path.name == "model.safetensors":
         path = path.parent
     model, folder = open_checkpoint(path, dtype)
-    tokenizer = open_tokenizer(tokenizer or folder, model.config.llm)
+    tokenizer = open_tokenizer(tokenizer or folder, model.config.llm, folder)
     if branch:
         model = with_branch(model, branch, dtype)
     return model.to(device).eval(), tokenizer
@@ -254,8 +297,14 @@ def open_checkpoint(path, dtype):
         raise BadInput(f"{path}: {weights.LLAMA_3}; weights.load_iaa reads its weights")
     if kind:
         return weights.load_llava(path, dtype), path
-    folder = weights.find(path)
-    return weights.load(folder, dtype=dtype), folder
+    while True:
+        folder = weights.find(path)
+        try:
+            return weights.load(folder, dtype=dtype), folder
+        except (BadInput, OSError):
+            if folder.exists():
+                raise
+            # a run that goes on has pruned it, and there is a newer one
 
 
 def with_branch(model, branch, dtype=None):

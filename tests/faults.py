@@ -14,7 +14,7 @@ import sys
 import tempfile
 import termios
 import time
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 import pytest
@@ -283,9 +283,10 @@ def try_damaged(world, here, capsys, percents, flips, rng):
                 assert left(out) == whole, file
                 harmless += 1
                 continue
-            known = "" if file.name == "checksums.json" else "is not what was written"
+            known = "" if file.name == "checksums.json" else "is not "  # what was written, or there
             one_sentence(capsys, code, file.parent, known)
-            with pytest.raises(BadInput):
+            spared = file.name in weights.checkpoint.RESUMING  # of no use to an answer
+            with nullcontext() if spared else pytest.raises(BadInput):
                 support.start.load_model(file.parent, device="cpu")
             refused += 1
     return refused, harmless

@@ -10,6 +10,9 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import (
+    Blip2Config,
+    Blip2ForConditionalGeneration,
+    Blip2QFormerConfig,
     Blip2VisionConfig,
     Blip2VisionModel,
     CLIPVisionConfig,
@@ -88,6 +91,19 @@ def clip():
 
 def blip2():
     return randomise(Blip2VisionModel(Blip2VisionConfig(**TOWER)))
+
+
+def whole_blip2(tower):
+    """BLIP-2 around that tower: a Q-Former and an LLM."""
+    former = dict(hidden_size=48, num_hidden_layers=1, num_attention_heads=4, intermediate_size=80)
+    former = Blip2QFormerConfig(vocab_size=96, encoder_hidden_size=48, **former)
+    parts = dict(
+        vision_config=tower.config, qformer_config=former, text_config=LlamaConfig(**LLAMA)
+    )
+    config = Blip2Config(**parts, image_token_index=95)
+    whole = randomise(Blip2ForConditionalGeneration(config))
+    whole.vision_model.load_state_dict(tower.state_dict())
+    return whole
 
 
 def llava(**changed):

@@ -71,15 +71,25 @@ def test_sigterm_and_ctrl_c_at_any_moment_save_what_was_done_and_lose_nothing(wo
     assert 0 in stopped(world, here, 1, 5, random.Random(5), *settings)
 
 
-def test_a_signal_while_the_data_are_opened_ends_it_at_once_without_a_traceback(world, here):
-    pipe = here / "data.toml"
-    os.mkfifo(pipe)  # as slow as any disk
-    (process,) = tiny.start(here, *flags(world, 1, "--data", pipe, "--out", here / "o"))
-    wait_for(lambda: os.open(pipe, os.O_WRONLY | os.O_NONBLOCK))  # it has opened its end
-    wait_for(lambda: process.terminate() or not process.is_alive())
-    assert process.exitcode == 130
-    assert "stopped while no step was under way; --resume" in tiny.said(here)
-    assert "Traceback" not in tiny.said(here)
+def test_a_signal_while_the_data_are_opened_ends_it_at_once_without_a_traceback(
+    world, here, monkeypatch
+):
+    def open_slowly(*args):
+        (here / "opening").touch()
+        time.sleep(600)
+
+    def child():
+        tiny.settle(here)
+        run(world, 1, "--out", here / "o")
+
+    monkeypatch.setattr(train, "open_data", open_slowly)
+    with beside(child) as pid:
+        wait_for((here / "opening").exists)
+        os.kill(pid, signal.SIGTERM)
+        ended = os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    assert ended.si_status == 130
+    said = "train.py: stopped while no step was under way; --resume goes on\n"
+    assert tiny.said(here).endswith(said) and "Traceback" not in tiny.said(here)
 
 
 # ---- disks -----------------------------------------------------------------------------------------------------------
@@ -109,7 +119,7 @@ def test_a_file_that_may_not_grow_leaves_the_last_checkpoint_and_says_which(
     last = f"the last whole one is {out}/step-00000002; make room and --resume"
     one_sentence(capsys, code, f"{out}/step-00000003: the checkpoint cannot be written", last)
     names = [path.name for path in sorted(out.iterdir())]
-    assert names == ["log.jsonl", "step-00000001", "step-00000002"]
+    assert names == ["lock", "log.jsonl", "step-00000001", "step-00000002"]
     finite(out)
     assert run(world, 1, *EACH_STEP, "--out", out, "--resume") == 0
     assert left(out) == whole
@@ -245,8 +255,9 @@ def test_a_closed_pipe_and_closed_files_end_in_peace_or_in_a_sentence(made):
     captions = "--image", "photos", "--task", "caption"
     assert typed(made, *captions, stdout=write) == (0, "")
     assert typed(made) == (0, "")
-    for closed in ((1,), (0, 1, 2)):
-        assert typed(made, "--prompt", "hello", closed=closed) == (0, "")
+    code, said = typed(made, "--prompt", "hello", closed=(1,))
+    assert code == 2 and said.count("\n") == 1 and "output is closed" in said
+    assert typed(made, "--prompt", "hello", closed=(0, 1, 2))[0] == 2
     code, said = typed(made, closed=(0,))
     assert code == 2 and said.count("\n") == 1 and "closed; add --prompt" in said
 

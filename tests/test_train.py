@@ -2,6 +2,8 @@
 
 import copy
 import math
+import re
+import shutil
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -10,6 +12,7 @@ import tiny
 import torch
 
 import data
+import support.log
 import support.start
 import train
 import weights
@@ -193,6 +196,65 @@ def test_ranks_that_were_started_differently_are_refused(world, tmp_path):
     assert "the ranks differ in flags or data; start all with the same" in tiny.said(tmp_path)
 
 
+# ---- what is said ---------------------------------------------------------------------------------------------------
+
+
+def lone_steps(monkeypatch):
+    """By the log's clock a step takes a second, and a hundred go by before the first batch."""
+    now = [0.0]
+    clock = SimpleNamespace(perf_counter=lambda: now[0])
+    monkeypatch.setattr(support.log, "time", clock)
+    batches, update = data.Data.batches, train.update
+
+    def late(*args, **how):
+        now[0] += 100
+        yield from batches(*args, **how)
+
+    def slow(*args):
+        now[0] += 1
+        update(*args)
+
+    monkeypatch.setattr(data.Data, "batches", late)
+    monkeypatch.setattr(train, "update", slow)
+
+
+def test_records_are_of_their_own_steps_and_time_after_resuming_too(here, capsys, monkeypatch):
+    lone_steps(monkeypatch)
+    line = f"--stage 1 --out {here} --log-every 4 --save-every 6 --keep 9"
+    assert run(f"{line} --init start --steps 10") == 0
+    shutil.rmtree(here / "step-00000010")
+    assert run(f"{line} --resume") == 0
+    first, resumed, _ = records(here)
+    assert (first["step"], resumed["step"]) == (4, 8)
+    assert first["samples_per_s"] == resumed["samples_per_s"] == 8
+    assert resumed["tokens_per_s"] == pytest.approx(first["tokens_per_s"], rel=0.2)
+    said = capsys.readouterr().out
+    assert "step 4/10  01:44 gone, 02:36 to go  loss" in said
+    assert "step 8/10  01:42 gone, 01:42 to go  loss" in said
+
+
+def test_help_tells_the_defaults_and_stages_prints_the_table(capsys):
+    with pytest.raises(SystemExit):
+        train.main(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "1, 2, 3: 300, 1000, 400 (toy); 60000, 30000, 5197 (InfMLLM)" in said
+    assert train.main(["--stages"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "infmllm-7b 2 30000 256 448 256 vit 1e-05, adapter 5e-05, llm 2e-05" in said
+
+
+def test_a_source_that_the_llm_has_no_words_for_is_said(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tiny.world(tmp_path))
+    file = tmp_path / "out/toy/captions.json"
+    rows = file.read_text()
+    for text, foreign in (("a red circle", False), ("two men on a motorbike in the rain", True)):
+        file.write_text(re.sub(r"a \w+ ground", text, rows))
+        assert run(f"--stage 1 --init start --steps 1 --out {foreign}") == 0
+        said = capsys.readouterr().out
+        assert ("% of its text is read letter by letter" in said) == foreign
+        assert ("source 'captions': " in said and "real one with --llm" in said) == foreign
+
+
 # ---- guards ----------------------------------------------------------------------------------------------------------
 
 
@@ -210,7 +272,8 @@ def test_ranks_that_were_started_differently_are_refused(world, tmp_path):
         ("--stage 1 --gpus 8x80", "--gpus describes machines to --plan alone; add --plan"),
         ("--stage 1 --device cuda", "this machine shows torch no GPU"),
         ("--stage all --data x.toml", "--data is one stage's"),
-        ("--stage 1 --preset infmllm-7b --init start", "no data of its own; name a mixture"),
+        ("--stage 1 --preset infmllm-7b --init start", "is not infmllm-7b (vit patch 4 and not 14"),
+        ("--stage 1 --preset infmllm-7b --vit v --llm l", "no data of its own; name a mixture"),
         ("--stage 1 --preset infmllm-7b", "starts from --vit and --llm, or from --init"),
         ("--stage 1", "python -m tools.backbones makes them"),
         ("--stage 2 --out nowhere/stage2", "nowhere/stage1: stage 2 starts from stage 1's output"),
@@ -260,7 +323,9 @@ def test_samples_that_cannot_be_read_are_replaced_counted_and_named_until_too_ma
     line = "--stage 1 --init start --steps 6"
     assert run(f"{line} --out a") == 0
     named = (tmp_path / "a/unreadable.txt").read_text()
-    assert records(tmp_path / "a")[-1]["bad"] == named.count("\n") > 0 and "3.png" in named
+    bad = records(tmp_path / "a")[-1]["bad"]
+    assert bad == named.count("\n") > 0 and "3.png" in named
+    assert f"{bad} samples could not be read: a/unreadable.txt" in capsys.readouterr().out
     sentence = refused(capsys, f"{line} --out b --max-bad 0")
     assert "samples were unreadable, more than --max-bad 0.0; mend or remove" in sentence
 

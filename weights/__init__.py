@@ -18,6 +18,7 @@ from weights.checkpoint import (
     describe,
     find,
     load,
+    load_checked,
     read_checked,
     save,
 )

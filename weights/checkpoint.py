@@ -18,10 +18,11 @@ from model import Config, InfMLLM
 from support.errors import BadInput
 from support.files import read_json
 from weights.configs import checked, understood
-from weights.files import save_tensors
+from weights.files import load_tensors, save_tensors
 from weights.rename import fill, on_meta
 
 FORMAT = 2
+RESUMING = ("optimizer.safetensors", "state.json")  # may be left out when a model is handed on
 BRANCHES = "llm.branches."
 OLD_NAMES = {  # of FORMAT 1
     "vit.blocks.{}.qkv.weight": tuple(f"vit.blocks.{{}}.{part}.weight" for part in "qkv"),
@@ -95,20 +96,25 @@ def sync(path):
 def find(path):
     """The directory that a name stands for: itself, the one set aside by an interrupted save, or its newest step-*."""
     path = Path(path)
-    steps = sorted(path.glob("step-*[0-9]"), reverse=True)
-    for folder in (path, Path(f"{path}.old"), *steps):
-        if (folder / "config.json").is_file():
-            return folder
+    for _ in range(3):  # a run that goes on may prune those that were listed
+        steps = sorted(path.glob("step-*[0-9]"), reverse=True)
+        for folder in (path, Path(f"{path}.old"), *steps):
+            if (folder / "config.json").is_file():
+                return folder
     raise BadInput(
         f"{path}: no checkpoint here (no config.json, no step-*); python train.py --stage 1 makes one"
     )
 
 
 def verify(path, *names):
-    """Sizes and checksums as they were when it was written: of every file, or of those named."""
+    """Sizes and checksums as they were when it was written: of what a model is made of, or of those named."""
     sums = read_json(path / "checksums.json")
-    for name in names or {"config.json", "model.safetensors", *sums}:
+    for name in names or {"config.json", "model.safetensors", *sums} - set(RESUMING):
         file = path / Path(name).name  # nothing outside the folder
+        if name in RESUMING and not file.exists():
+            raise BadInput(
+                f"{file}: is not there, so the run cannot be resumed; start a new one with --init {path}"
+            )
         if not os.path.isfile(file) or checksum(file) != sums.get(name):
             raise BadInput(
                 f"{file}: is not what was written (its size or checksum differs from checksums.json); "
@@ -120,6 +126,12 @@ def read_checked(path, name):
     """A JSON file of one of our directories, which is not looked into before its checksum is right."""
     verify(path, name)
     return read_json(path / name)
+
+
+def load_checked(path, name):
+    """The tensors of a file of one of our directories, after its checksum."""
+    verify(path, name)
+    return load_tensors(path / name)
 
 
 def fingerprint(path):

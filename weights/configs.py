@@ -4,9 +4,10 @@ from contextlib import contextmanager
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 
-from model import LlamaConfig, frequencies
+from model import Config, LlamaConfig, frequencies
 from support.errors import BadInput
 from support.files import read_json
+from text.templates import HERE
 
 LIMITS = {"layers": 1000, "vocab": 2**24}  # of a config; its other whole numbers end at a million
 
@@ -45,6 +46,8 @@ def checked(config):
             assert type(value) in (int, float) and 0 < value < 1e12, wrong
         else:
             assert isinstance(value, field.type), wrong
+    if isinstance(config, Config):
+        assert HERE in config.image_mark, f"image_mark is {config.image_mark[:50]!r}"
     if isinstance(config, LlamaConfig):
         assert config.width // config.heads % 2 == 0, "half a pair to rotate"
         assert frequencies(config, "cpu").isfinite().all(), f"rope {str(config.rope)[:80]}"

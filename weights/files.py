@@ -4,6 +4,7 @@ import zipfile
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from support.errors import BadInput
@@ -13,21 +14,20 @@ NAMES = ("model.safetensors", "model-*.safetensors", "pytorch_model.bin", "pytor
 
 
 class TensorFile:
-    """The tensors of a file, one at a time.
+    """The tensors of a file: `like` on the meta device, read(name) one at a time.
 
-    A mapped file is opened anew for each: the pages that were read count as our memory until it is closed.
+    torch's mapped file is opened anew for each: the pages that were read count as our memory until it is closed.
     """
 
     def __init__(self, path):
-        self.path = path
-        self.kept = load_tensors(path)
-        self.like = {name: tensor.to("meta") for name, tensor in self.kept.items()}
-        if is_mapped(path):
-            self.kept = None
-
-    def read(self, name):
-        tensors = self.kept or load_tensors(self.path)
-        return tensors[name]
+        tensors = load_tensors(path)
+        self.like = {name: tensor.to("meta") for name, tensor in tensors.items()}
+        if path.suffix == ".safetensors":
+            self.read = safe_open(path, "pt", backend="pread").get_tensor
+        elif is_mapped(path):
+            self.read = lambda name: load_tensors(path)[name]
+        else:
+            self.read = tensors.get
 
 
 def is_mapped(path):
@@ -40,10 +40,13 @@ def load_tensors(path):
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        refuse_compressed(path)
         state = torch.load(path, "cpu", weights_only=True, mmap=is_mapped(path))
         for wrapper in WRAPPERS:
             state = state.get(wrapper, state)
-        return {name.removeprefix("module."): tensor.detach() for name, tensor in state.items()}
+        return {name.removeprefix("module."): plain(tensor) for name, tensor in state.items()}
+    except BadInput:
+        raise
     except Exception as e:  # whatever the libraries stumble over in a broken file
         why = f"{type(e).__name__}: {str(e)[:160]}"
         if "nsupported" in str(e) or "weights_only" in str(e).lower():
@@ -52,6 +55,23 @@ def load_tensors(path):
             f"{path}: cannot be read as weights ({why}); "
             "take a plain state dict, names with their tensors, or copy it again"
         ) from None
+
+
+def refuse_compressed(path):
+    """torch stores plainly: a zip that does not may unpack into any memory."""
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as file:
+            if any(entry.compress_type for entry in file.infolist()):
+                raise BadInput(f"{path}: is compressed, as torch writes none; take another")
+
+
+def plain(tensor):
+    """A tensor of numbers that lie there: not sparse, quantized, nested, or on the meta device."""
+    tensor = tensor.detach()
+    strange = tensor.is_quantized or tensor.is_nested or tensor.is_meta
+    if strange or tensor.layout != torch.strided:
+        raise ValueError(f"a tensor that is {tensor.layout}, quantized, nested or without numbers")
+    return tensor
 
 
 def weight_files(path):

@@ -3,6 +3,7 @@
 import torch
 
 from model import Config, InfMLLM
+from support.errors import BadInput
 from weights.configs import insist, read_config
 from weights.llama import llama_config, llama_table
 from weights.rename import fill, on_meta, prefixed
@@ -27,6 +28,11 @@ def llava_table(c):
 
 
 def llava_config(d, path):
+    if "mm_vision_tower" in d:
+        raise BadInput(
+            f"{path}: is LLaVA in its authors' own layout, without its vision tower; take the folder that "
+            "transformers reads, such as llava-hf/llava-1.5-7b-hf"
+        )
     insist(d, ONLY, path, "LLaVA-1.5")
     vit = vit_config(d.get("vision_config", {}), path)
     llm = llama_config(d.get("text_config", {}), path)

@@ -18,6 +18,8 @@ from model import resize_positions
 from support.errors import BadInput
 from weights.files import TensorFile, weight_files
 
+FLOATS = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
 
 def prefixed(table, theirs, ours=""):
     """The same table for names that begin with `theirs` there and with `ours` here."""
@@ -75,7 +77,7 @@ def fits(name, theirs, ours, blocks):
         and math.isqrt(have[0] - 1) ** 2 == have[0] - 1
     ):
         have[0] = want[0]  # CLS and another square grid, which fill() resizes
-    return have == want and theirs.is_floating_point()
+    return have == want and theirs.dtype in FLOATS
 
 
 def fill(model, path, table, dtype):

@@ -57,8 +57,14 @@ CLIP_TEXT = {
     "visual_projection.weight": None,
     "logit_scale": None,
 }
-# under the names of several versions, or a whole CLIP, whose text half is dropped
-TRANSFORMERS = prefixed(ALONE, "vision_model.") | ALONE | CLIP_TEXT
+BLIP2_REST = {
+    "qformer.*": None,
+    "query_tokens": None,
+    "language_model.*": None,
+    "language_projection.*": None,
+}
+# under the names of several versions, or a whole CLIP or BLIP-2, of which the rest is dropped
+TRANSFORMERS = prefixed(ALONE, "vision_model.") | ALONE | CLIP_TEXT | BLIP2_REST
 
 FIELDS = {
     "image_size": "image_size",
@@ -75,6 +81,7 @@ TOWERS = {  # model_type: what its config.json may leave out, how many blocks at
     "clip": (CLIP, 1),  # LLaVA reads hidden state -2
     "clip_vision_model": (CLIP, 1),
     "blip_2_vision_model": (dict(image_size=224, **EVA_G), 0),
+    "blip-2": (dict(image_size=224, **EVA_G), 0),
 }
 
 

@@ -4,10 +4,11 @@ import json
 import sys
 
 import pytest
+from matplotlib.figure import Figure
 
 import train
 from support.errors import BadInput
-from support.log import forget_later_steps, open_tensorboard, records, stage_table
+from support.log import forget_later_steps, open_tensorboard, plot, records, stage_table
 
 
 def test_a_resumed_run_forgets_what_was_written_of_later_steps_and_half_a_line(tmp_path):
@@ -31,6 +32,16 @@ def test_the_curve_is_drawn_and_without_matplotlib_it_says_what_is_missing(
     assert "pip install matplotlib" in capsys.readouterr().out
     assert train.main(["--plot", str(tmp_path / "nowhere")]) == 2
     assert "name the folder of a run" in capsys.readouterr().err
+
+
+def test_the_curve_has_a_line_for_each_source(tmp_path, monkeypatch):
+    log = '{"step": 1, "loss": 6.0}\n{"step": 2, "held_out": {"a": 1.0, "b": 3.0}}\n'
+    (tmp_path / "log.jsonl").write_text(log)
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *args, **how: figures.append(figure))
+    plot(tmp_path)
+    lines = {line.get_label(): list(line.get_ydata()) for line in figures[0].axes[0].lines}
+    assert lines == {"training": [6], "held out, a": [1], "held out, b": [3]}
 
 
 def test_tensorboard_that_is_not_installed_is_said(tmp_path, monkeypatch):

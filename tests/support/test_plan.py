@@ -1,6 +1,7 @@
 """What a run will take, said before it starts."""
 
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -36,7 +37,22 @@ def test_a_plan_of_infmllm_7b_needs_no_weights_and_rises_from_stage_to_stage(
     assert "more than the 105.0 GiB that are there: --shard or more --accum" in small
 
 
+def test_a_preset_is_planned_and_trained_as_itself_whatever_model_lies_in_out(
+    capsys, monkeypatch, tmp_path, world
+):
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(world / "start", "out/stage1/step-00000002")
+    (tmp_path / "out/stage1/log.jsonl").write_text('{"step": 2, "seconds": {"step": 0.5}}\n')
+    totals, said = plan(capsys)
+    assert totals[1] > 40 and said.count("time per step: not measured") == 3
+    train_it = "--stage 2 --preset infmllm-7b --data x.toml --steps 1"
+    assert train.main(train_it.split()) == 2
+    said = capsys.readouterr().err
+    assert "is not infmllm-7b (vit patch 4 and not 14" in said and "leave --preset out" in said
+
+
 def test_a_plan_counts_data_and_reads_the_time_of_a_run(capsys, here):
+    shutil.copytree("start", here / "step-00000002")
     (here / "log.jsonl").write_text('{"step": 2, "seconds": {"step": 0.5}}\n')
     argv = "--stage 1 --init start --data out/toy/stage1.toml --steps 100 --batch 6 --plan --out"
     assert train.main([*argv.split(), str(here)]) == 0

@@ -1,6 +1,8 @@
 """What sample.py and evaluate.py open: the newest of out/, LLaVA's folder, the released file."""
 
+import json
 import os
+import shutil
 
 import layouts
 import oracle
@@ -29,6 +31,22 @@ def test_without_a_checkpoint_it_is_the_newest_of_all_stages(tmp_path, monkeypat
         assert tiny.same(newest, tiny.model(seed))
 
 
+def test_a_checkpoint_that_is_pruned_while_it_is_read_gives_way_to_the_next(tmp_path, monkeypatch):
+    first, second = (tmp_path / f"step-0000000{n}" for n in (1, 2))
+    weights.save(first, tiny.model(1), Tokenizer(tiny.TOKENIZER))
+    load = weights.load
+
+    def load_while_it_trains(folder, dtype):
+        if folder == first:
+            weights.save(second, tiny.model(2), Tokenizer(tiny.TOKENIZER))
+            shutil.rmtree(first)
+        return load(folder, dtype=dtype)
+
+    monkeypatch.setattr(weights, "load", load_while_it_trains)
+    model, _ = support.start.load_model(tmp_path, device="cpu")
+    assert tiny.same(model, tiny.model(2))
+
+
 def test_llavas_folder_is_asked_as_it_was_trained_and_brings_or_is_given_a_tokenizer(
     made, tmp_path, capsys
 ):
@@ -47,6 +65,25 @@ def test_llavas_folder_is_asked_as_it_was_trained_and_brings_or_is_given_a_token
     few = oracle.folder(oracle.llava(), tmp_path / "few")
     with pytest.raises(BadInput, match="pieces, more than the 104"):
         support.start.load_model(few, tiny.TOKENIZER, device="cpu")
+
+
+def test_a_tokenizer_of_another_model_is_noted_and_one_with_other_ends_refused(tmp_path, capsys):
+    few, many = (oracle.folder(oracle.llava(vocab_size=n), tmp_path / str(n)) for n in (700, 9000))
+    size = Tokenizer(tiny.TOKENIZER).size
+    support.start.load_model(many, tiny.TOKENIZER, device="cpu")
+    assert f"has {size} pieces and the LLM 9000 embeddings" in capsys.readouterr().err
+    config = json.loads((few / "config.json").read_text())
+
+    def say(key, ids):
+        text = config["text_config"] | {key: ids}
+        (few / "config.json").write_text(json.dumps(config | {"text_config": text}))
+
+    say("eos_token_id", [2, 7])  # one of several
+    support.start.load_model(few, tiny.TOKENIZER, device="cpu")
+    for key, ids in (("bos_token_id", 7), ("eos_token_id", [7, 8])):
+        say(key, ids)
+        with pytest.raises(BadInput, match=f"its {key} is . and that of .* is .?7"):
+            support.start.load_model(few, tiny.TOKENIZER, device="cpu")
 
 
 def test_the_released_file_is_opened_with_the_tokenizer_beside_it(tmp_path, monkeypatch):

@@ -1,10 +1,12 @@
 """A stranger's config.json is refused in a sentence before anything is built after it."""
 
 import pytest
+import tiny
 
 import weights.checkpoint
 import weights.llama
 from support.errors import BadInput
+from support.files import SMALL
 
 
 @pytest.mark.parametrize(
@@ -34,3 +36,18 @@ def test_what_is_no_llama_or_one_of_a_billion_layers_is_refused_before_it_is_mad
     monkeypatch.setattr(weights.llama, "on_meta", None)
     with pytest.raises(BadInput, match=says):
         weights.llama.load_llama(tmp_path)
+
+
+def test_a_config_of_many_megabytes_is_refused_by_its_size(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text('{"model_type": "' + "x" * SMALL + '"}')
+    monkeypatch.setattr(weights.llama, "llama_config", None)
+    with pytest.raises(BadInput, match=f"config.json: has more than {SMALL} bytes"):
+        weights.llama.load_llama(tmp_path)
+
+
+def test_a_config_whose_pictures_have_no_place_is_refused(tmp_path):
+    model = tiny.model()
+    model.config.image_mark = ""
+    weights.checkpoint.save(tmp_path / "c", model)
+    with pytest.raises(BadInput, match="describes no model known here .*image_mark is ''"):
+        weights.checkpoint.load(tmp_path / "c")

@@ -3,13 +3,19 @@
 import os
 import subprocess
 import sys
+import time
+import zipfile
 
 import oracle
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
+from model import InfMLLM
 from support.errors import BadInput
+from weights import rename
+from weights.files import load_tensors
 from weights.llama import load_llama
 
 
@@ -32,6 +38,61 @@ def test_broken_foreign_files_are_one_sentence_with_file_and_remedy(name, harm, 
     with pytest.raises(BadInput) as e:
         load_llama(tmp_path)
     assert str(tmp_path) in str(e.value) and "\n" not in str(e.value)
+
+
+def load(state, path):
+    """A file of torch's with our small network's tensors, as somebody may hand it on."""
+    torch.save(state, path)
+    model = rename.on_meta(InfMLLM, tiny.network().config)
+    return rename.fill(model, path, {}, None)
+
+
+def test_a_state_dict_of_parameters_loads(tmp_path):
+    ours = tiny.network()
+    assert tiny.same(load(dict(ours.named_parameters()), tmp_path / "x.bin"), ours)
+    assert not load_tensors(tmp_path / "x.bin")["llm.embed.weight"].requires_grad
+
+
+STRANGE = {
+    "sparse": lambda t: t.to_sparse(),
+    "quantized": lambda t: torch.quantize_per_tensor(t, 0.1, 0, torch.qint8),
+    "without numbers": lambda t: t.to("meta"),
+    "nested": lambda t: torch.nested.nested_tensor([t, t]),
+    "float8": lambda t: t.to(torch.float8_e4m3fn),
+    "complex": lambda t: t.to(torch.complex64),
+}
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.filterwarnings("ignore")
+def test_a_tensor_that_is_no_plain_array_of_floats_is_refused(kind, tmp_path):
+    state = tiny.network().state_dict()
+    key = "llm.embed.weight"
+    state[key] = STRANGE[kind](state[key])
+    with pytest.raises(BadInput, match=kind) as e:
+        load(state, tmp_path / "x.bin")
+    assert "x.bin" in str(e.value) and len(str(e.value)) < 500
+
+
+def test_a_compressed_file_is_refused_before_it_is_unpacked(tmp_path, monkeypatch):
+    torch.save(tiny.network().state_dict(), tmp_path / "x.bin")
+    with zipfile.ZipFile(tmp_path / "x.bin") as whole:
+        with zipfile.ZipFile(tmp_path / "y.bin", "w", zipfile.ZIP_DEFLATED) as squeezed:
+            for name in whole.namelist():
+                squeezed.writestr(name, whole.read(name))
+    monkeypatch.setattr(torch, "load", None)
+    with pytest.raises(BadInput, match="y.bin: is compressed"):
+        load_tensors(tmp_path / "y.bin")
+
+
+def test_a_header_is_read_once_for_all_tensors(tmp_path):
+    ours = tiny.network()
+    notes = {str(n): "" for n in range(200_000)}
+    save_file(dict(ours.named_parameters()), tmp_path / "model.safetensors", notes)
+    model = rename.on_meta(InfMLLM, ours.config)
+    began = time.process_time()
+    assert tiny.same(rename.fill(model, tmp_path, {}, None), ours)
+    assert time.process_time() - began < 3
 
 
 PEAK = """

@@ -1,5 +1,7 @@
 """LLaVA-1.5: its preset, and parity with transformers from pixels to logits."""
 
+import json
+
 import oracle
 import pytest
 import torch
@@ -48,6 +50,13 @@ def test_llava_end_to_end_with_unequal_lengths_gives_its_logits(published, tmp_p
             want = theirs(tokens, images, mask.long()).logits
             got = ours(images, tokens.masked_fill(tokens == 100, IMAGE))
         oracle.assert_close(got[mask], want[mask])
+
+
+def test_llava_as_its_authors_publish_it_is_named_with_the_way_out(tmp_path):
+    theirs = {"model_type": "llava", "mm_vision_tower": "openai/clip-vit-large-patch14-336"}
+    (tmp_path / "config.json").write_text(json.dumps(theirs))
+    with pytest.raises(BadInput, match="authors' own layout.* take .*llava-hf/llava-1.5-7b-hf"):
+        weights.llava.load_llava(tmp_path)
 
 
 def test_a_llava_that_reads_other_features_is_refused():

@@ -49,6 +49,13 @@ def test_the_eva_tower_equals_blip2s_up_to_its_last_block(tmp_path):
             oracle.assert_close(ours.to(dtype)(pixels), theirs_last.pop())
 
 
+def test_a_whole_blip2_gives_its_tower(tmp_path):
+    tower = oracle.blip2()
+    tower_alone = weights.towers.load_vit(oracle.folder(tower, tmp_path / "alone"))
+    whole = oracle.whole_blip2(tower)
+    assert tiny.same(weights.towers.load_vit(oracle.folder(whole, tmp_path / "whole")), tower_alone)
+
+
 def test_an_eva_file_loads_without_its_last_block_norm_and_head(tmp_path, monkeypatch):
     small = dict(patch=56, width=24, layers=2, heads=2, mlp=40)
     vit = oracle.randomise(model.ViT(model.ViTConfig(224, **small)))
