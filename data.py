@@ -21,7 +21,7 @@ from formats.pictures import (
     WHOLE,
     fractions,
     move_box,
-    other_way_round,
+    not_corners,
     padded_region,
     peek,
     random_region,
@@ -224,10 +224,10 @@ class Data:
                 texts[number], _, _ = self.text(source, number, 0)
             except BadInput as e:
                 problems.append(e)
-        if source.task in BOXED and other_way_round(boxes_of(source, numbers)):
+        if source.task in BOXED and (seem := not_corners(boxes_of(source, numbers))):
             raise BadInput(
-                f"{source.toml}: source '{source.name}': its boxes make sense as [x, y, width, height] and "
-                "not as [x1, y1, x2, y2]; write x + width and y + height in place of width and height"
+                f"{source.toml}: source '{source.name}': its boxes are not all [x1, y1, x2, y2] in pixels of "
+                f"their pictures and seem to be {seem}"
             )
         if not texts:
             raise problems[0]

@@ -468,7 +468,7 @@ def evaluate(
         weights=zlib.crc32(adapter.float().cpu().numpy().tobytes()),
         data=str(data),
         dtype=str(adapter.dtype),
-        sources={exam.name: len(exam.numbers) for exam in exams},
+        limit={exam.name: len(exam.numbers) for exam in exams},
         batch=batch,
         task=task,
         **asked,
@@ -508,7 +508,7 @@ def claim(folder, **this):
     other = [name for name in this if before.get(name) != this[name]]
     if other:
         raise BadInput(
-            f"{folder}: holds an evaluation with another {', '.join(other)}; name another --out"
+            f"{folder}: holds an evaluation with another {', '.join(other)}; remove it, or name another --out"
         )
     new = folder / f"evaluation.{os.getpid()}"
     new.write_text(json.dumps(this, indent=2))
@@ -561,7 +561,10 @@ def main(argv=None):
         ranks.sum(0)  # the others wait until it is drawn
     if not args.out:
         branch = Path(args.branch or "")
-        parts = (*path.parts[-2:], *branch.parts[-2:], Path(args.data).stem)
+        with suppress(BadInput):
+            path = weights.find(path)  # the step of a run, which goes on
+        data = Path(args.data)
+        parts = (*path.parts[-2:], *branch.parts[-2:], data.absolute().parent.name, data.stem)
         args.out = f"out/evaluate/{'-'.join(parts)}"
     if not args.ckpt:
         print(f"model: {path}", file=sys.stderr)

@@ -57,7 +57,7 @@ def row(source, samples, problems):
     answers = [sum(t != IGNORE for t in targets) for _, targets, _ in samples] or [0]
     pictures = [len(shown) for _, _, shown in samples] or [0]
     return (
-        f"{source.name:<20}{source.task:<9}{len(source):>10,}{len(samples) + len(problems):>9,}"
+        f"{source.name:<20}{source.task:<9}{len(source):>10,}{len(samples) + len(problems):>11,}"
         f"{len(problems):>12,}{mean(tokens):>9.0f}{max(tokens):>6}{mean(answers):>9.1f}{mean(pictures):>10.2f}"
     )
 
@@ -94,7 +94,7 @@ def main(argv=None):
         for problem in problems:
             print(problem)
     print(
-        f"{'source':<20}{'task':<9}{'records':>10}{'read':>9}{'unreadable':>12}{'tokens':>9}{'most':>6}"
+        f"{'source':<20}{'task':<9}{'records':>10}{'looked at':>11}{'unreadable':>12}{'tokens':>9}{'most':>6}"
         f"{'answers':>9}{'pictures':>10}"
     )
     for source, samples, problems in found:

@@ -363,7 +363,7 @@ class Chat:
 def open_image(path):
     if not os.path.isfile(path):
         raise BadInput(f"{path}: no such image; name a file")
-    return upright(peek((str(path), 0, -1), "what you named"))
+    return upright(peek((str(path), 0, -1)))
 
 
 def model_flags(description):
@@ -412,6 +412,9 @@ def refuse_contradictions(args):
     wrong = {
         f"--task {args.task} needs --image; name a picture": args.task != "chat" and not args.image,
         f"{args.image}: no such image; check the name": not os.path.exists(args.image or "."),
+        f"a chat is about one picture and {args.image} a folder; name a file, or add --prompt": (
+            args.talk and args.folder
+        ),
         "--json is for single answers; add --prompt": args.talk and args.json,
         "a chat streams and cannot use --beams; leave it out": args.talk and searches,
         "--save draws on a picture; name one with --image": args.save and not args.image,
@@ -494,9 +497,13 @@ def answer_all(args):
             if args.task == "region":  # the box that was asked about
                 boxes = [(parse_box(asked), text, NAMED)]
             cells.append((image, boxes, name + text, NAMED))
+    if not cells:
+        raise BadInput(
+            f"{args.image}: none of its {bad} pictures could be read; name another folder"
+        )
     if bad:
         print(f"{bad} of {len(paths)} pictures could not be read", file=sys.stderr)
-    if not args.save or not cells:
+    if not args.save:
         return
     image, boxes, _, _ = cells[0]
     if boxes and not args.folder:

@@ -448,15 +448,17 @@ def train(args, stage, ranks):
     """-> whether all steps of the stage are done"""
     # ---- settings ------------------------------------------------------------------------------
     device, first = ranks.device, ranks.rank == 0
+    out = start.stage_folder(args, stage)
+    lock = hold(out) if first and out.exists() else None
     s = resolve(args, stage, ranks.world)
-    lock = hold(s.out) if first else None
-    s = resolve(args, stage, ranks.world)  # again, as another run may just have ended there
+    if first and not lock:
+        lock = hold(out)
     if args.resume and not s.resumed and first:
         print(f"{s.out}: no checkpoint yet, so the run starts from the beginning")
     state = weights.read_checked(s.start, "state.json") if s.resumed else {"step": 0}
     if state["step"] >= s.steps:
         if first:
-            print(f"{s.out}: all {s.steps} steps are done; --resume --steps MORE lengthens the run")
+            print(f"{s.out}: all {s.steps} steps are done; --steps MORE lengthens the run")
         return True
     if s.planned and first:
         print(

@@ -119,7 +119,10 @@ def load_mixture(path, train=True):
     known = {field.name for field in dataclasses.fields(Source)} - {"toml", "train"}
     for table in tables:
         for key in sorted(table.keys() - known):
-            raise BadInput(f"{path}: unknown key '{key}'; it takes {', '.join(sorted(known))}")
+            raise BadInput(
+                f"{path}: source '{table.get('name')}': unknown key '{key}'; "
+                f"it takes {', '.join(sorted(known))}"
+            )
     if len({str(table.get("name")) for table in tables}) < len(tables):
         raise BadInput(f"{path}: two sources have one name; rename one")
     if len({"weight" in table for table in tables}) > 1:

@@ -60,7 +60,7 @@ def peek(ref, where=""):
     if size >= 0:
         file = io.BytesIO(read_at(file, offset, size))
     else:
-        where = f"{where}: image {file}"
+        where = f"{where}: image {file}" if where else file
         if not os.path.isfile(file):
             raise BadInput(f"{where}: is no file; mend the record, or `images` of its source")
     with pillow(where):
@@ -170,13 +170,17 @@ def fractions(box, size, where):
     return tuple((inside / sides).tolist())
 
 
-def other_way_round(boxes):
-    """Whether (box, size of its picture) each make sense as x, y, width, height, and some do not as corners."""
+def not_corners(boxes):
+    """What (box, size of its picture) seem to be in the place of [x1, y1, x2, y2] in pixels; None: nothing else."""
+    if boxes and all(max(box) <= 1 and min(size) > 2 for box, size in boxes):
+        return "fractions of their pictures; write pixels"
     corners = sizes = bool(boxes)
     for (a, b, c, d), (width, height) in boxes:
         corners &= a < c <= width + 1 and b < d <= height + 1
         sizes &= c > 0 and d > 0 and a + c <= width + 1 and b + d <= height + 1
-    return sizes and not corners
+    if sizes and not corners:
+        return "[x, y, width, height]; write x + width and y + height in place of width and height"
+    return None
 
 
 def move_box(box, region):

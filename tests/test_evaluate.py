@@ -427,7 +427,7 @@ def test_the_help_names_the_beams_and_token_limits_of_every_task(capsys):
         ("--mme images --task ground", "--task"),
         ("--images images", "--pope"),
         (ALL + "whole --max-new-tokens 9", "max_new_tokens"),
-        (ALL + "whole --limit 3", "sources"),
+        (ALL + "whole --limit 3", "limit"),
     ],
 )
 def test_a_wrong_input_is_one_sentence_and_exit_code_2(

@@ -72,12 +72,15 @@ def test_a_bad_record_is_named_by_its_place_in_the_file_and_its_ids(folder):
     assert "a.json: record 1 (segment_id 4) (sent_id 7): bbox" in refusal(folder, REF)
 
 
-def test_a_source_whose_boxes_make_sense_only_as_x_y_width_height_is_refused_at_once(folder):
+def test_a_source_whose_boxes_seem_to_be_no_corners_in_pixels_is_refused_at_once(folder):
     def boxes(*found):
         write(folder / "a.json", [{**POINT, "img_name": "r.png", "bbox": box} for box in found])
 
     boxes([120, 60, 70, 30], [10, 10, 90, 80])  # the second makes sense either way
-    assert "source 'refcoco': its boxes make sense as [x, y, width" in refusal(folder, REF)
+    said = refusal(folder, REF)
+    assert "source 'refcoco': its boxes are not all" in said and "[x, y, width, height]" in said
+    boxes([0.1, 0.2, 0.5, 0.6], [0.1, 0.1, 0.9, 1])
+    assert "seem to be fractions" in refusal(folder, REF)
     boxes([120, 60, 70, 30], [110, 50, 190, 80])  # the first is a mistake
     assert data_of(folder, REF).counts == {"refcoco": 2}
 
