@@ -1,6 +1,7 @@
 """A mixture of sources, as a TOML file describes it."""
 
 import dataclasses
+import glob
 import os
 import tomllib
 from dataclasses import dataclass
@@ -84,7 +85,10 @@ class Source:
             self.wrong(f"format '{self.format}' needs `{key}`; add it")
         if isinstance(names, str):
             names = [names]
-        return [os.path.join(os.path.dirname(self.toml), str(name)) for name in names]
+        folder = os.path.dirname(self.toml)
+        if key == "shards":
+            folder = glob.escape(folder)  # its name is no pattern
+        return [os.path.join(folder, str(name)) for name in names]
 
     def path(self, key):
         return self.paths(key)[0]

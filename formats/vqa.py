@@ -7,6 +7,8 @@ from formats.records import Record, clean, named, need, need_list
 from support.errors import BadInput
 from support.files import whole
 
+PLACE = re.compile(r"[^{}]*(\{(:0?\d{1,2}d)?\})?[^{}]*")  # of an image_id in a file's name
+
 
 class Vqa:
     images = 1
@@ -19,6 +21,10 @@ class Vqa:
             path = source.path("questions")
             self.records = JsonIndex(path, "questions", by="question_id")
             self.image_name = source.image_name or official_name(path, source)
+            if not PLACE.fullmatch(self.image_name):
+                source.wrong(
+                    f"`image_name` is {self.image_name!r}; it may hold one {{}} or {{:012d}}"
+                )
             if source.annotations:
                 path = source.path("annotations")
                 self.answers = JsonIndex(path, "annotations", by="question_id")

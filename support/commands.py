@@ -46,8 +46,9 @@ def number(kind, low, high=math.inf):
     return read
 
 
-positive = number(int, 1)
-natural = number(int, 0)
+MOST = 2**31 - 1  # of what is counted, here and in the libraries below
+positive = number(int, 1, MOST)
+natural = number(int, 0, MOST)
 amount = number(float, 0)
 
 

@@ -108,9 +108,10 @@ NOTHING = '{"annotations": []}'
         (
             SAID,
             "{:06d}{}.png",
-            r"record 0 \(question_id 1\): image_name .* does not take its image_id",
+            "`image_name` is .* it may hold one",
         ),
         (SAID, "", r"q\.json: has no 'data_subtype'; add image_name"),
+        (SAID, "{:>3000000000}.png", "`image_name` is '{:>3000000000}.png'"),
     ],
 )
 def test_a_pair_that_does_not_fit_is_refused(tmp_path, answers, name, says):
