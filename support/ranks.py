@@ -10,7 +10,6 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-JOINING = timedelta(minutes=10)  # that ranks have to start, however short --timeout is
 PATIENCE = 5  # seconds that the ranks have to sign in after one of them has gone
 
 
@@ -46,16 +45,7 @@ def setup_ranks(device=None, timeout=600):
         backend = "cpu:gloo,cuda:nccl"
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)
-    store, rank, world = next(dist.rendezvous("env://", timeout=JOINING))
-    store.set(f"joined/{rank}", "")
-    store.wait([f"joined/{other}" for other in range(world)], JOINING)
-    dist.init_process_group(
-        backend,
-        timeout=timedelta(seconds=timeout),
-        store=store,
-        rank=rank,
-        world_size=world,
-    )
+    dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
     return Ranks(dist.get_rank(), dist.get_world_size(), torch.device(device))
 
 
