@@ -63,6 +63,8 @@ TOY = "out/toy/heldout.toml"
 # what LLaVA-1.5 adds to yes-or-no questions
 SHORTLY = "\nAnswer the question using a single word or phrase."
 ALONE = Ranks(0, 1, torch.device("cpu"))
+PROTOCOLS = (*metrics.PROTOCOLS, *metrics.EXACT)
+OCR_VQA = {"max_new_tokens": 100}  # as InfMLLM asks it
 SHEET = 8  # wrong answers on the contact sheet, and as many right ones
 KEPT = ("question_id", "image_id", "img_name", "sent_id", "key", "label", "subtask", "picture")
 # what stands around a question in its prompt
@@ -85,9 +87,12 @@ class Exam:
     count: int  # of all that there are
     record: Callable  # number -> Record
     numbers: list = ()  # of those that are asked
+    protocol: str = "vqav2"  # of short answers
+    format: str = ""  # of the source: what its server takes
+    published: float | None = None  # in percent, of the first metric
 
 
-def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None):
+def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None, protocol=None):
     if benchmark:
         read_questions, *_ = BENCHMARKS[benchmark]
         rows = read_questions(data, images)
@@ -107,7 +112,15 @@ def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None):
     c = model.config
     sizes = (c.vit.image_size, c.visual_tokens, c.llm.context)
     data = Data(sources, tokenizer, *sizes, train=False, image_mark=c.image_mark)
-    return [Exam(s.name, s.task, s.task, len(s), partial(data.record, s)) for s in sources]
+    exams = []
+    for s in sources:
+        exam = Exam(s.name, s.task, s.task, len(s), partial(data.record, s))
+        exam.protocol = protocol or s.protocol or "vqav2"
+        if exam.protocol not in PROTOCOLS:
+            s.wrong(f"`protocol` is {s.protocol!r}; name one of {', '.join(PROTOCOLS)}")
+        exam.format, exam.published = s.format, s.published
+        exams.append(exam)
+    return exams
 
 
 def yes_or_no(name, task, rows, number):
@@ -202,11 +215,12 @@ def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks):
                 if all(key(r) in done for r in rows):
                     continue
                 pad = TASKS[exam.task].pad
-                settings = sample.decoding(exam.task, asked)
+                own = OCR_VQA if exam.protocol == "ocrvqa" and not asked["max_new_tokens"] else {}
+                settings = sample.decoding(exam.task, asked | own)
                 answers = sample.generate(model, tokenizer, images, tokens, pad, **settings)
                 for r, said in zip(rows, answers):
                     r["said"] = said
-                    right.append(is_right(r, exam.kind))
+                    right.append(is_right(r, exam.kind, exam.protocol))
                 file.write(to_lines(rows))
                 file.flush()
                 bar.set_postfix_str(f"right so far {sum(right) / len(right):.1%}", refresh=False)
@@ -282,7 +296,7 @@ def merge(folder):
 # Scores
 
 
-def is_right(r, kind):
+def is_right(r, kind, protocol="vqav2"):
     """Of one answer alone: for the running score and the contact sheet."""
     said, truth = r["said"], r["truth"]
     if kind in BENCHMARKS:
@@ -293,7 +307,10 @@ def is_right(r, kind):
     if kind == "ground":
         return overlap(r) >= 0.5
     if kind == "vqa":
-        return bool(truth) and metrics.vqa_score(said, truth) >= 0.5
+        if not truth:
+            return False
+        _, [found] = metrics.short_answer_scores([said], [truth], protocol)
+        return found >= 0.5
     if box := parse_box(truth[0]):  # of a chat
         return metrics.iou(parse_box(said), box) >= 0.5
     return metrics.exact_score(said, truth) == 1
@@ -316,7 +333,7 @@ def overlap(r, read=parse_box):
 
 def measure(rows, kind, protocol):
     """{metric: a score for each row}, the metric that counts first."""
-    right = [is_right(r, kind) for r in rows]
+    right = [is_right(r, kind, protocol) for r in rows]
     if kind in ("caption", "region"):
         cider = metrics.cider(*columns(rows, "said", "truth"))
         return {"CIDEr-D": cider, "exact, any order": right}
@@ -359,8 +376,12 @@ def score(rows, kind, protocol="vqav2"):
     return lines
 
 
-def submission(rows, kind):
-    """What the official servers take: VQAv2, COCO captions; boxes in pixels for RefCOCO."""
+def submission(rows, kind, format=""):
+    """What the official servers take: VQAv2 and its kin, captions; boxes in pixels for RefCOCO."""
+    if format == "gqa":
+        return [{"questionId": r["question_id"], "prediction": r["said"]} for r in rows]
+    if format == "aokvqa":
+        return {r["question_id"]: {"direct_answer": r["said"]} for r in rows}
     if kind == "ground":
         names = ("img_name", "sent_id")
         return [{name: r.get(name) for name in names} | {"bbox": named_box(r)} for r in rows]
@@ -385,17 +406,24 @@ def table(scores, exams, unreadable):
             for metric, value, count in scores[exam.name]
         }
         asked = {"asked": len(exam.numbers), "of": exam.count, "unreadable": bad}
+        if exam.published is not None:
+            asked["published"] = exam.published
         found[exam.name] = lines | {"records": asked}
     return found
 
 
-def show(scores):
+def show(scores, found):
+    """The table; beside the first metric of a source stands what its mixture says that others report."""
     wide = max(14, *map(len, scores)) + 2
-    print(f"{'source':<{wide}}{'metric':<28}{'score':>8}{'samples':>10}")
+    published = {name: entries["records"].get("published") for name, entries in found.items()}
+    title = "  published" if any(published.values()) else ""
+    print(f"{'source':<{wide}}{'metric':<28}{'score':>8}{'samples':>10}{title}")
     for source, lines in scores.items():
+        beside = published[source]
         for metric, value, count in lines:
-            print(f"{source:<{wide}}{metric:<28}{value:>8.4g}{count:>10}")
-            source = ""
+            others = "" if beside is None else f"{beside / 100:>11.4g}"
+            print(f"{source:<{wide}}{metric:<28}{value:>8.4g}{count:>10}{others}")
+            source, beside = "", None
 
 
 def contact_sheet(path, exams, rows):
@@ -405,7 +433,7 @@ def contact_sheet(path, exams, rows):
     shown = set()  # no picture comes twice
     for r in random.Random(0).sample(rows, len(rows)):  # some of every source
         exam = exam_of[r["source"]]
-        colour = drawing.RIGHT if is_right(r, exam.kind) else drawing.WRONG
+        colour = drawing.RIGHT if is_right(r, exam.kind, exam.protocol) else drawing.WRONG
         if not r["size"] or not (r["truth"] or r["box"]) or len(cells[colour]) == SHEET:
             continue
         record = exam.record(r["number"])
@@ -446,7 +474,7 @@ def evaluate(
     beams=None,
     min_new_tokens=None,
     max_new_tokens=None,
-    protocol="vqav2",
+    protocol=None,
     task=None,
     ranks=ALONE,
     benchmark=None,
@@ -458,7 +486,7 @@ def evaluate(
     images the folder of its pictures. task: only the sources of this task. What is None of beams,
     min_new_tokens and max_new_tokens is the task's own."""
     folder = Path(out)
-    exams = open_exams(model, tokenizer, data, task, benchmark, images)
+    exams = open_exams(model, tokenizer, data, task, benchmark, images, protocol)
     for exam in exams:
         exam.numbers = some(exam.count, limit)
     asked = dict(beams=beams, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens)
@@ -485,8 +513,8 @@ def evaluate(
     scores = {}
     for exam in exams:
         own = [r for r in rows if r["source"] == exam.name]
-        scores[exam.name] = score(own, exam.kind, protocol)
-        if sent := submission(own, exam.kind):
+        scores[exam.name] = score(own, exam.kind, exam.protocol)
+        if sent := submission(own, exam.kind, exam.format):
             (folder / f"{exam.name}.submission.json").write_text(json.dumps(sent))
     found = table(scores, exams, unreadable)
     (folder / "scores.json").write_text(json.dumps(found, indent=2))
@@ -526,12 +554,10 @@ def parse(argv=None):
     flag("--task", TASKS, "only the sources of this task; with --pope and --mme vqa or chat")
     flag("--limit", positive, "a random sample of so many records of each source, always the same")
     flag("--batch", positive, "samples a rank decodes together; default 8", 8)
-    protocols = (*metrics.PROTOCOLS, *metrics.EXACT)
     flag(
         "--protocol",
-        protocols,
-        "rules for short answers (support/metrics.py); default vqav2",
-        "vqav2",
+        PROTOCOLS,
+        "rules for short answers (support/metrics.py); default: the source's own, or vqav2",
     )
     flag("--out", str, "folder of the predictions; default: out/evaluate/CHECKPOINT-DATA")
     flag("--sheet", str, "picture to write: right and wrong answers, with true and predicted boxes")
@@ -579,7 +605,7 @@ def main(argv=None):
     if args.json:
         print(json.dumps(found))
     else:
-        show(scores)
+        show(scores, found)
         print(asked_of(found))
         print(f"answers: {args.out}/predictions.jsonl")
         if args.sheet:

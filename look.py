@@ -3,7 +3,8 @@
     python look.py out/toy/stage2.toml
     python look.py recipes/stage2.toml --preset infmllm-7b --tokenizer vicuna-7b-v1.5/ --records 1000 --show 32
 
-Reads a random sample of every source as training does, names the records that cannot be read, prints a table,
+Names what is missing and where it comes from. Of the rest it reads a random sample of every source as training
+does, names the records that cannot be read, prints a table,
 and draws pictures as the model will see them, with their boxes, prompts and answers.
 """
 
@@ -15,6 +16,7 @@ from textwrap import shorten
 from PIL import Image
 
 from data import Data, some
+from formats import load_mixture
 from model import IGNORE, PRESETS
 from support.commands import Parser, positive, run
 from support.drawing import TRUE, check_target, sheet
@@ -81,8 +83,14 @@ def main(argv=None):
     config = PRESETS[args.preset]()
     tokenizer = Tokenizer(args.tokenizer)
     side = args.image_size or config.vit.image_size
+    missing = []
+    sources = load_mixture(args.mixture, missing=missing)
+    for problem in missing:
+        print(problem)
+    if not sources:
+        raise BadInput(f"{args.mixture}: none of its sources is there")
     data = Data(
-        args.mixture,
+        sources,
         tokenizer,
         side,
         config.visual_tokens,

@@ -4,7 +4,7 @@ Training takes every caption once; evaluation every image once, with all its cap
 
 import numpy as np
 
-from formats.json_index import JsonIndex, match
+from formats.json_index import JsonIndex, id_number, match
 from formats.records import Record, named, need
 
 
@@ -14,15 +14,17 @@ class CocoCaption:
     def __init__(self, source):
         self.source = source
         self.path = source.path("annotations")
-        self.pictures = JsonIndex(self.path, "images", by="id")
-        self.captions = JsonIndex(self.path, "annotations", by="image_id")
-        self.order = np.argsort(self.captions.tags, kind="stable")  # an image's captions together
-        image_ids = self.captions.tags[self.order]
+        self.pictures = JsonIndex(self.path, "images", id=id_number)
+        self.captions = JsonIndex(self.path, "annotations", image_id=id_number)
+        self.order = np.argsort(
+            self.captions.tags["image_id"], kind="stable"
+        )  # an image's captions together
+        image_ids = self.captions.tags["image_id"][self.order]
         first = np.arange(len(image_ids))
         if not source.train:
             _, first = np.unique(image_ids, return_index=True)
         self.bounds = np.append(first, len(image_ids))
-        self.owner = match(image_ids[first], self.pictures.tags)
+        self.owner = match(image_ids[first], self.pictures.tags["id"])
         self.lengths = self.captions.lengths[self.order[first]]
 
     def read(self, number):

@@ -16,16 +16,26 @@ class Conversations:
         where = f"{self.records.path}: record {number}"
         fields = self.records.read(number, where)
         where = named(where, fields, "id")
-        turns = to_pairs(need_list(fields, "conversations", where), where)
         names = need_list(fields, "image", where)
-        marks = sum(question.count("<image>") for question, _ in turns)
-        if marks != len(names):
-            raise BadInput(f"{where}: {marks} <image> for {len(names)} images; mend or remove it")
-        if marks == 1:
-            turns = [(in_front(question), answer) for question, answer in turns]
         images = [self.source.image(clean(name, where), where) for name in names]
-        answers = [answer for _, answer in turns]
-        return Record(where, images, answers=answers, turns=turns, fields=fields)
+        turns = need_list(fields, "conversations", where)
+        return conversation(where, turns, images, fields)
+
+
+def conversation(where, turns, images, fields, add_marks=False):
+    """[{from, value}, ...] and their pictures -> Record. `add_marks`: where no turn has one, pictures come first."""
+    turns = to_pairs(turns, where)
+    marks = sum(question.count("<image>") for question, _ in turns)
+    if add_marks and not marks:
+        marks = len(images)
+        question, answer = turns[0]
+        turns[0] = "<image>\n" * marks + question, answer
+    if marks != len(images):
+        raise BadInput(f"{where}: {marks} <image> for {len(images)} images; mend or remove it")
+    if marks == 1:
+        turns = [(in_front(question), answer) for question, answer in turns]
+    answers = [answer for _, answer in turns]
+    return Record(where, images, answers=answers, turns=turns, fields=fields)
 
 
 def in_front(question):

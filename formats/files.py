@@ -23,14 +23,18 @@ def state(stat):
     return stat.st_size, stat.st_mtime_ns
 
 
+def check_unchanged(path, stat=None):
+    now = state(stat or os.stat(path))
+    if INDEXED.get(path, now) != now:
+        raise BadInput(f"{path}: has changed since it was indexed; start again")
+
+
 def read_at(path, offset, size):
     """Bytes of a file by position; pread has no file pointer, so forked workers do not disturb one another."""
     with reading(path):
         file = opened(path).fileno()
-        now = state(os.fstat(file))
+        check_unchanged(path, os.fstat(file))
         data = os.pread(file, size, offset)
-    if INDEXED.get(path, now) != now:
-        raise BadInput(f"{path}: has changed since it was indexed; start again")
     if len(data) < size:
         raise BadInput(f"{path}: is cut, it ends before byte {offset + size}; fetch it again")
     return data
@@ -46,11 +50,11 @@ def read_record(path, offset, size, where):
 
 
 def indexed(path, kind, build):
-    """build(path) -> int64 array, kept in the user's cache folder until the file's size or time changes."""
+    """build(path) -> an array, kept in the user's cache folder until the file's size or time changes."""
     with reading(path):
         INDEXED[path] = state(os.stat(regular(path)))
     opened.cache_clear()
-    key = f"3 {kind} {os.path.realpath(path)} {INDEXED[path]}"
+    key = f"4 {kind} {os.path.realpath(path)} {INDEXED[path]}"
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoinfmllm"
     cached = folder / (hashlib.sha1(key.encode(errors="replace")).hexdigest() + ".npz")
     try:

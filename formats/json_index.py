@@ -12,8 +12,9 @@ from support.errors import BadInput
 from support.files import whole
 
 START = re.compile(rb"(\xef\xbb\xbf)?\s*")  # a byte order mark
-OPEN = re.compile(rb"\[\s*(\]?)")
-NEXT = re.compile(rb"\s*([,\]])\s*")
+OPEN = re.compile(rb"[\[{]\s*([\]}]?)")
+NEXT = re.compile(rb"\s*([,\]}])\s*")
+COLON = re.compile(rb"\s*:\s*")
 LINE = re.compile(rb"[^\n]{2,}")  # a single character may be a carriage return
 DECODER = json.JSONDecoder()
 
@@ -32,18 +33,25 @@ def value_at(raw, at):
     raise ValueError(f"no value of at most {LONGEST} bytes at byte {at}")
 
 
-def elements(raw, at):
-    """(value, start, stop) of each element of the list that begins at `at`."""
+def elements(raw, at, closed_by=b"]"):
+    """(value, start, stop) of each element of the list that begins at `at`.
+
+    Closed by b"}" it is an object; then a start is where the key begins."""
     mark = OPEN.match(raw, at)
-    if not mark:
-        raise ValueError("it is not a list")
-    while mark[1] != b"]":
+    if not mark or (raw[at : at + 1] == b"[") != (closed_by == b"]"):
+        raise ValueError(f"no list or object that ends with {closed_by.decode()}")
+    while mark[1] != closed_by:
         start = mark.end()
         value, stop = value_at(raw, start)
+        if closed_by == b"}":
+            colon = COLON.match(raw, stop)
+            if not colon:
+                raise ValueError(f"':' expected at byte {stop}")
+            value, stop = value_at(raw, colon.end())
         yield value, start, stop
         mark = NEXT.match(raw, stop)
         if not mark:
-            raise ValueError(f"',' or ']' expected at byte {stop}")
+            raise ValueError(f"',' or {closed_by.decode()!r} expected at byte {stop}")
 
 
 def find(raw, key):
@@ -62,36 +70,49 @@ def id_number(value):
 
 
 class JsonIndex:
-    """The records of a JSON list, of the list under `key`, or of JSON lines.
+    """The records of a JSON list, of the list under `key`, of an object whose keys are ids, or of JSON lines.
 
-    `lengths` are in bytes, `images` counts each record's <image>, `tags` are integers made of the value under `by`."""
+    `lengths` are in bytes, `images` counts each record's <image>. `keyed` names the field that an object's key
+    becomes. Of the fields in `tags` numbers are kept, of all records: tags["image_id"] where image_id=id_number."""
 
-    def __init__(self, path, key=None, by=None, tag=id_number):
+    def __init__(self, path, key=None, keyed=None, **tags):
         self.path = path
-        rows = indexed(path, f"json {key} {by}", lambda path: scan(path, key, by, tag))
-        self.starts, stops, self.tags, self.images = rows.T
+        self.keyed = keyed
+        rows = indexed(
+            path, f"json {key} {keyed} {list(tags)}", lambda path: scan(path, key, keyed, tags)
+        )
+        self.starts, stops, self.images, *columns = rows.T
+        self.tags = dict(zip(tags, columns))
         self.lengths = stops - self.starts
 
     def read(self, number, where):
         if number < 0:  # see match
             raise BadInput(f"{where}: {self.path} has no record of its id; mend or remove it")
         raw = read_record(self.path, self.starts[number], self.lengths[number], where)
-        return parse_record(raw, where)
+        if not self.keyed:
+            return parse_record(raw, where)
+        [(name, fields)] = parse_record(b"{%s}" % raw, where).items()
+        if not isinstance(fields, dict):
+            raise BadInput(f"{where} ({name[:50]}): is no object; remove it")
+        return {self.keyed: name, **fields}
 
 
-def scan(path, key, by, tag):
-    """Rows (start, stop, tag, images) of the records."""
+def scan(path, key, keyed, tags):
+    """Rows (start, stop, images, *tags) of the records."""
     raw = whole(path)
     rows = array("q")
     try:
         at = find(raw, key) if key else START.match(raw).end()
-        if raw[at : at + 1] == b"{" and not by:  # unparsed: a million lines take a second
+        if keyed:
+            records = elements(raw, at, b"}")
+        elif raw[at : at + 1] == b"{" and not tags:  # unparsed: a million lines take a second
             records = ((None, *line.span()) for line in LINE.finditer(raw, at))
         else:
             records = elements(raw, at)
         for record, start, stop in records:
-            number = tag(record.get(by)) if by else 0  # where it is no object: an AttributeError
-            rows.extend((start, stop, number, raw.count(b"<image>", start, stop)))
+            rows.extend((start, stop, raw.count(b"<image>", start, stop)))
+            # where a record is no object: an AttributeError
+            rows.extend(tag(record.get(field)) for field, tag in tags.items())
             # 8 bytes a record: no file of nothing but brackets may ask for many times its own size
             if len(rows) > max(2**22, stop // 2):
                 raise ValueError("it has more records than its bytes can hold")
@@ -100,7 +121,7 @@ def scan(path, key, by, tag):
             f"{path}: is not the JSON in UTF-8 that it should be ({e}); "
             "fetch it again or check `format`"
         ) from e
-    return np.asarray(rows, np.int64).reshape(-1, 4)
+    return np.asarray(rows, np.int64).reshape(-1, 3 + len(tags))
 
 
 def parse_record(raw, where):
@@ -111,6 +132,11 @@ def parse_record(raw, where):
     if not isinstance(record, dict):
         raise BadInput(f"{where}: is {type(record).__name__}, not an object; remove it")
     return record
+
+
+def count(items):
+    """How many samples a record with a list makes; an empty one makes one, which is then complained about."""
+    return max(1, len(items)) if isinstance(items, list) else 1
 
 
 def match(keys, among):

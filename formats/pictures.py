@@ -57,7 +57,9 @@ def pillow(where):
 def peek(ref, where=""):
     """(path, offset, size), size -1 for a whole file -> Peeked."""
     file, offset, size = ref
-    if size >= 0:
+    if isinstance(file, bytes):  # it came with its record
+        file = io.BytesIO(file)
+    elif size >= 0:
         file = io.BytesIO(read_at(file, offset, size))
     else:
         where = f"{where}: image {file}" if where else file

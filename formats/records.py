@@ -10,7 +10,7 @@ from text.templates import HERE
 @dataclass
 class Record:
     where: str  # file and record, for messages
-    refs: list  # its images: (path, offset, size) each; size -1: the whole file
+    refs: list  # its images: (path, offset, size) each, size -1: the whole file; or (bytes, 0, -1)
     text: str = ""  # the question, or the phrase
     answers: list = ()  # what people answered: references; of a conversation, one per turn
     box: tuple | None = None  # x1, y1, x2, y2 in pixels of the image
@@ -50,6 +50,17 @@ def need_list(fields, key, where):
     if not isinstance(value, list):
         raise BadInput(f"{where}: '{key}' is {type(value).__name__} and no list; mend or remove it")
     return value
+
+
+def corners(box, where):
+    """[x, y, width, height] as the left, top, right and bottom edge."""
+    try:
+        x, y, width, height = map(float, box)
+    except (TypeError, ValueError):
+        raise BadInput(
+            f"{where}: {box} is no box of x, y, width, height; mend or remove it"
+        ) from None
+    return x, y, x + width, y + height
 
 
 def clean(text, where):

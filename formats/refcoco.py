@@ -2,13 +2,8 @@
 
 import numpy as np
 
-from formats.json_index import JsonIndex
+from formats.json_index import JsonIndex, count
 from formats.records import Record, named, need, need_list
-
-
-def count(sentences):
-    """How many samples a record makes; one that has no sentences makes one, which is then complained about."""
-    return max(1, len(sentences)) if isinstance(sentences, list) else 1
 
 
 class RefCoco:
@@ -16,10 +11,10 @@ class RefCoco:
 
     def __init__(self, source):
         self.source = source
-        self.records = JsonIndex(source.path("annotations"), by="sentences", tag=count)
-        self.ends = self.records.tags.cumsum()  # of the samples of each record
+        self.records = JsonIndex(source.path("annotations"), sentences=count)
+        self.ends = self.records.tags["sentences"].cumsum()  # of the samples of each record
         # a record's bytes grow with its sentences, a sample's do not
-        self.lengths = np.full(self.records.tags.sum(), 64)
+        self.lengths = np.full(self.ends[-1:].sum(), 64)
 
     def read(self, number):
         record = self.ends.searchsorted(number, "right")

@@ -2,7 +2,7 @@
 
 import re
 
-from formats.json_index import JsonIndex, match
+from formats.json_index import JsonIndex, id_number, match
 from formats.records import Record, clean, named, need, need_list
 from support.errors import BadInput
 from support.files import whole
@@ -10,16 +10,21 @@ from support.files import whole
 PLACE = re.compile(r"[^{}]*(\{(:0?\d{1,2}d)?\})?[^{}]*")  # of an image_id in a file's name
 
 
+ANSWERS = ("answers", "direct_answers", "answer")  # the field that has them
+
+
 class Vqa:
+    """Other sets of questions are kinds of it: they say where `records` lie and what `picture` is called."""
+
     images = 1
+    answers = None  # the other file's records; a test split has none
 
     def __init__(self, source):
         self.source = source
-        self.answers = None  # the other file's records; a test split has none
         self.image_name = None
         if source.questions:
             path = source.path("questions")
-            self.records = JsonIndex(path, "questions", by="question_id")
+            self.records = JsonIndex(path, "questions", question_id=id_number)
             self.image_name = source.image_name or official_name(path, source)
             if not PLACE.fullmatch(self.image_name):
                 source.wrong(
@@ -27,26 +32,34 @@ class Vqa:
                 )
             if source.annotations:
                 path = source.path("annotations")
-                self.answers = JsonIndex(path, "annotations", by="question_id")
-                self.answer_of = match(self.records.tags, self.answers.tags)
+                self.answers = JsonIndex(path, "annotations", question_id=id_number)
+                self.answer_of = match(
+                    self.records.tags["question_id"], self.answers.tags["question_id"]
+                )
         else:
             self.records = JsonIndex(source.path("annotations"))
         self.lengths = self.records.lengths
 
     def read(self, number):
-        where = f"{self.records.path}: record {number}"
-        fields = self.records.read(number, where)
-        where = named(where, fields, "question_id")
+        where, fields = self.fields(number)
         question = need(fields, "question", where)
         image = self.source.image(self.picture(fields, where), where)
-        if self.answers:
-            fields |= self.answers.read(self.answer_of[number], f"{where}, its answers")
-        answers = need_list(fields, "answers" if "answers" in fields else "answer", where)
+        name = next((name for name in ANSWERS if name in fields), "answer")
+        answers = need_list(fields, name, where)
         answers = [a.get("answer") if isinstance(a, dict) else a for a in answers]
         answers = [clean(answer, where).strip() for answer in answers]
         if self.source.train and not answers:
             raise BadInput(f"{where}: has no answers; remove it")
         return Record(where, [image], question, answers, fields=fields)
+
+    def fields(self, number):
+        """(where it stands, the record of a question)"""
+        where = f"{self.records.path}: record {number}"
+        fields = self.records.read(number, where)
+        where = named(where, fields, "question_id")
+        if self.answers:
+            fields |= self.answers.read(self.answer_of[number], f"{where}, its answers")
+        return where, fields
 
     def picture(self, fields, where):
         if not self.image_name:

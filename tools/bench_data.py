@@ -1,4 +1,4 @@
-"""A million records opened and read at random, and the loader against a bare Pillow loop."""
+"""A million records opened and read at random, 200,000 rows of parquet too, and the loader against a bare Pillow loop."""
 
 import io
 import json
@@ -24,7 +24,8 @@ READS = 20_000
 
 
 def million(folder, records=1_000_000, tars=200, images=1000):
-    """A JSONL of a million LLaVA-like records and 200 tars of 1,000 images, and the mixture that names them."""
+    """A JSONL of a million LLaVA-like records, 200 tars of 1,000 images, 20 parquet files of 10,000 rows in
+    groups of 100, as the hub has them, and the mixture that names them."""
     picture = io.BytesIO()
     Image.effect_noise((64, 64), 40).convert("RGB").save(picture, "JPEG")
     with open(folder / "talk.jsonl", "w") as file:
@@ -42,6 +43,15 @@ def million(folder, records=1_000_000, tars=200, images=1000):
                 tar.addfile(member, io.BytesIO(content))
     for i in range(1, tars):
         shutil.copy(folder / "0.tar", folder / f"{i}.tar")
+    import pyarrow
+    from pyarrow import parquet
+
+    image = {"bytes": picture.getvalue(), "path": None}
+    texts = [{"user": "question " * (1 + i % 7), "assistant": "words " * 9} for i in range(10_000)]
+    rows = {"images": [[image]] * 10_000, "texts": [[text] for text in texts]}
+    parquet.write_table(pyarrow.table(rows), folder / "0.parquet", row_group_size=100)
+    for i in range(1, 20):
+        shutil.copy(folder / "0.parquet", folder / f"{i}.parquet")
     (folder / "mix.toml").write_text("""[[source]]
 name = "talk"
 format = "conversations"
@@ -50,6 +60,10 @@ annotations = "talk.jsonl"
 name = "tars"
 format = "caption-shards"
 shards = "*.tar"
+[[source]]
+name = "parquet"
+format = "parquet"
+files = "*.parquet"
 """)
     return folder / "mix.toml"
 

@@ -71,7 +71,7 @@ def test_a_damaged_tar_is_refused_by_name_and_place(tmp_path):
 
 
 def test_shards_that_name_no_tar_are_refused(tmp_path):
-    assert re.search(r"nothing matches `shards` .*t/\*\.tar", refusal(tmp_path, TARS))
+    assert "t/*.tar is not there" in refusal(tmp_path, TARS)
 
 
 def test_a_folder_whose_name_looks_like_a_pattern_is_a_folder(tmp_path):

@@ -50,6 +50,7 @@ def test_what_is_no_list_of_records_is_refused_by_name(tmp_path, content, says):
 
 
 def test_a_file_that_is_not_there_or_is_none_is_refused_by_name(tmp_path, no_file):
-    assert "a.json: cannot be read (No such file" in refusal(tmp_path, VQA)
+    (tmp_path / "im").mkdir()
+    assert "a.json is not there" in refusal(tmp_path, VQA)
     no_file(tmp_path / "a.json")
     assert "a.json: is no regular file" in refusal(tmp_path, VQA)
