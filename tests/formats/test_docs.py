@@ -2,6 +2,7 @@
 
 import re
 
+import published
 import pytest
 from small import picture, tar_of, write
 from tiny import ROOT
@@ -23,6 +24,14 @@ def test_each_example_of_the_page_is_trained_on_as_it_stands_there(here, mixture
             write(here / "images" / image, shown)
     caption = FILES["000001.txt"].encode()
     tar_of(here / "shards/0.tar", [("000001.jpg", shown), ("000001.txt", caption)])
+    published.write_sets(here / "data")
+    if "parquet" in mixture:
+        pyarrow = pytest.importorskip("pyarrow", reason="a parquet file is to be written")
+        said = [{"user": "What is this?", "assistant": "A dog."}]
+        rows = {"images": [[{"bytes": shown, "path": None}]] * 8, "texts": [said] * 8}
+        (here / "hub").mkdir()
+        parquet = pytest.importorskip("pyarrow.parquet")
+        parquet.write_table(pyarrow.table(rows), here / "hub/0.parquet")
     write(here / "mix.toml", mixture)
     flags = f"--stage 2 --init start --data {here}/mix.toml --out {here}/out --steps 2 --batch 4"
     assert train.main([*flags.split(), "--workers", "0"]) == 0
