@@ -1,6 +1,7 @@
 """The readers of the paper's sets: gqa, textvqa, textcaps, ocrvqa, aokvqa, refer and visual_genome in formats/."""
 
 import pickle
+import tracemalloc
 
 import published
 import pytest
@@ -132,6 +133,16 @@ def test_a_pickle_that_says_one_long_sentence_very_often_is_refused(sets):
     ref["sentences"] = [long] * 1000
     write(sets / "refcoco/refs(unc).p", pickle.dumps([ref] * 1000))
     assert "more text than the file" in refusal(sets, REFER)
+
+
+def test_a_pickle_cannot_ask_for_memory(sets):
+    far = (2**24).to_bytes(4, "little")  # a place in the unpickler's notes: 256 MB in the one of C
+    write(sets / "refcoco/refs(unc).p", b"\x80\x02]r" + far + b".")
+    tracemalloc.start()
+    assert "has no records" in refusal(sets, REFER)
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 2**25
 
 
 def test_visual_genome_has_a_sample_per_region(sets):
