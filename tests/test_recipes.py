@@ -82,7 +82,7 @@ def test_the_files_of_the_other_servers(folder):
     assert [row["image_id"] for row in textcaps] == ["0054c91397f2fe05"]
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "eval"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "eval", "hub1", "hub2", "hub3"])
 def test_a_newcomer_is_told_what_to_fetch_and_from_where(name, capsys):
     with pytest.raises(BadInput, match="none of its sources"):
         look.main([str(ROOT / f"recipes/{name}.toml")])
