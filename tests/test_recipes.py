@@ -6,11 +6,12 @@ import shutil
 
 import published
 import pytest
-from tiny import ROOT, losses, typed
+from tiny import ROOT, TOKENIZER, losses, typed
 
 import look
 from formats import load_mixture
 from support.errors import BadInput
+from text import Tokenizer
 
 TRAIN = (
     "python train.py --stage 2 --data recipes/stage2.toml --init start --batch 13 --eval-every 0 "
@@ -51,6 +52,9 @@ def test_the_papers_table_and_every_file_that_a_server_takes(folder):
         [row] = [row for row in words.splitlines() if row.startswith(f"{name} ")]
         assert row.split()[-1] == str(figure), row
     assert "accuracy (okvqa" in words and "exact (gqa)" in words and "exact (ocrvqa)" in words
+    rows = list(map(json.loads, (folder / "answers/predictions.jsonl").open()))
+    words = {row["source"]: len(Tokenizer(TOKENIZER).encode(row["said"])) for row in rows}
+    assert words["textvqa"] < 20 < words["ocrvqa"]  # which may say 100 tokens; the model never ends
     sent = {
         name: json.loads((folder / f"answers/{name}.submission.json").read_text())
         for name in ("vqav2-test-dev", "okvqa", "gqa", "textvqa", "ocrvqa", "refcocog-test")
