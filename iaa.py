@@ -94,8 +94,8 @@ def grow(base, name, after):
     branch.embed = copy.deepcopy(base.llm.embed)
     branch.layers = copy.deepcopy(nn.ModuleList(base.llm.layers[i] for i in after))
     for layer in branch.layers:
-        layer.o.weight.zero_()
-        layer.down.weight.zero_()
+        for p in (*layer.o.parameters(), *layer.down.parameters()):
+            p.zero_()
     branch.norm = copy.deepcopy(base.llm.norm)
     branch.lm_head = copy.deepcopy(base.llm.lm_head)
     branch.adapter = copy.deepcopy(base.adapter)

@@ -10,6 +10,7 @@ The classes stand in the order in which the data flows. Names of dimensions, use
 
 import math
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 
 import torch
 from torch import nn
@@ -20,38 +21,41 @@ from adapter import ADAPTERS
 
 IMAGE = -1  # the token id that holds the place of one visual embedding
 IGNORE = -100  # a target that does not count
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)  # CLIP's, which EVA-CLIP shares
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+PIXEL_MEAN = [0.48145466, 0.4578275, 0.40821073]  # CLIP's, which EVA-CLIP shares
+PIXEL_STD = [0.26862954, 0.26130258, 0.27577711]
 LOGITS = 2**23  # numbers in the largest chunk of logits that the loss makes at once: 32 MB in fp32
+ACTS = {
+    "gelu": F.gelu,
+    "gelu_pytorch_tanh": partial(F.gelu, approximate="tanh"),  # SigLIP's
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),  # CLIP's
+}
 
 
 @dataclass
-class ViTConfig:
+class ViTConfig:  # by default EVA-CLIP's ViT-g
     image_size: int = 448
     patch: int = 14
     width: int = 1408
     layers: int = 39  # that run: EVA's 40th is dropped, CLIP stops at hidden state -2 (23 of 24)
     heads: int = 16
     mlp: int = 6144
-    act: str = "gelu"  # gelu (exact) or quick_gelu (CLIP: x * sigmoid(1.702 x))
+    act: str = "gelu"  # a name in ACTS
     eps: float = 1e-6
     patch_bias: bool = True
     pre_norm: bool = False  # CLIP's LayerNorm between the embeddings and the first block
-    prefix: int = 1  # tokens in front of the patches: CLS
+    prefix: int = 1  # tokens in front of the patches: CLS or none
+    post_norm: bool = False  # SigLIP's LayerNorm behind the last block
+    pixel_mean: list = field(default_factory=PIXEL_MEAN.copy)  # what pixels of 0 to 1 are
+    pixel_std: list = field(default_factory=PIXEL_STD.copy)  # normalised with
 
     def __post_init__(self):
-        assert self.image_size % self.patch == 0, (
-            f"image size {self.image_size} is no multiple of patch {self.patch}"
-        )
         assert self.width % self.heads == 0, (
             f"ViT width {self.width} is not divisible by {self.heads} heads"
         )
-        assert self.act in ("gelu", "quick_gelu"), (
-            f"the ViT's activation is gelu or quick_gelu, not {self.act}"
-        )
+        assert self.act in ACTS, f"the ViT's activation is {', '.join(ACTS)}, not {self.act}"
 
     @property
-    def side(self):
+    def side(self):  # pixels that fill no patch are not seen
         return self.image_size // self.patch
 
 
@@ -68,11 +72,14 @@ class LlamaConfig:
     theta: float = 1e4
     rope: dict = field(default_factory=dict)  # {} or Hugging Face's scaling: linear or llama3
     tied: bool = False  # the head is the embedding matrix
+    head_dim: int = 0  # of a head; 0: width / heads
+    qkv_bias: bool = False  # Qwen2 has these; LLaMA's attention_bias is o's as well
+    o_bias: bool = False
+    mlp_bias: bool = False
+    qk_norm: bool = False  # Qwen3's RMSNorm of each head of q and k
 
     def __post_init__(self):
-        assert self.width % self.heads == 0, (
-            f"LLM width {self.width} is not divisible by {self.heads} heads"
-        )
+        self.head_dim = self.head_dim or self.width // self.heads
         assert self.heads % self.kv_heads == 0, (
             f"{self.heads} heads do not share {self.kv_heads} key-value heads"
         )
@@ -110,7 +117,6 @@ class Config:
         return asdict(self)
 
 
-EVA_G = dict(patch=14, width=1408, layers=39, heads=16, mlp=6144)
 CLIP_L = dict(
     image_size=336,
     patch=14,
@@ -123,13 +129,61 @@ CLIP_L = dict(
     patch_bias=False,
     pre_norm=True,
 )
-TOY_VIT = dict(image_size=64, patch=8, width=128, layers=4, heads=4, mlp=512)
-TOY_LLM = dict(vocab=640, width=128, layers=4, heads=4, kv_heads=4, mlp=352, context=512)
-TINY_LLAMA = dict(vocab=32000, width=2048, layers=22, heads=32, kv_heads=4, mlp=5632, context=2048)
-LLAMA_13B = dict(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
+SIGLIP_BASE = dict(
+    image_size=256,
+    patch=16,
+    width=768,
+    layers=12,
+    heads=12,
+    mlp=3072,
+    act="gelu_pytorch_tanh",
+    prefix=0,
+    post_norm=True,
+    pixel_mean=[0.5] * 3,
+    pixel_std=[0.5] * 3,
+)
 PRESETS = {  # functions, so that nobody changes a shared default
-    "toy": lambda: Config(ViTConfig(**TOY_VIT), LlamaConfig(**TOY_LLM), grid=4),
-    "small": lambda: Config(ViTConfig(**CLIP_L), LlamaConfig(**TINY_LLAMA), grid=12),
+    "toy": lambda: Config(
+        ViTConfig(image_size=64, patch=8, width=128, layers=4, heads=4, mlp=512),
+        LlamaConfig(vocab=640, width=128, layers=4, heads=4, kv_heads=4, mlp=352, context=512),
+        grid=4,
+    ),
+    "nano": lambda: Config(  # SigLIP2-base-patch16-256 and SmolLM2-135M-Instruct
+        ViTConfig(**SIGLIP_BASE),
+        LlamaConfig(
+            vocab=49152,
+            width=576,
+            layers=30,
+            heads=9,
+            kv_heads=3,
+            mlp=1536,
+            context=8192,
+            theta=1e5,
+            tied=True,
+        ),
+        grid=8,
+    ),
+    "small": lambda: Config(  # SigLIP2-so400m-patch14-384 and Qwen3-0.6B
+        ViTConfig(
+            **SIGLIP_BASE
+            | dict(image_size=384, patch=14, width=1152, layers=27, heads=16, mlp=4304)
+        ),
+        LlamaConfig(
+            vocab=151936,
+            width=1024,
+            layers=28,
+            heads=16,
+            kv_heads=8,
+            head_dim=128,
+            mlp=3072,
+            context=40960,
+            eps=1e-6,
+            theta=1e6,
+            tied=True,
+            qk_norm=True,
+        ),
+        grid=9,
+    ),
     "llava-7b": lambda: Config(
         ViTConfig(**CLIP_L),
         LlamaConfig(vocab=32064),
@@ -137,8 +191,11 @@ PRESETS = {  # functions, so that nobody changes a shared default
         ln_vision=False,
         image_mark="<ImageHere>",
     ),
-    "infmllm-7b": lambda: Config(ViTConfig(448, **EVA_G), LlamaConfig()),
-    "infmllm-13b": lambda: Config(ViTConfig(448, **EVA_G), LlamaConfig(**LLAMA_13B)),
+    "infmllm-7b": lambda: Config(ViTConfig(), LlamaConfig()),
+    "infmllm-13b": lambda: Config(
+        ViTConfig(),
+        LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824),
+    ),
 }
 
 
@@ -158,7 +215,7 @@ class LayerNorm(nn.LayerNorm):
 
 
 class ViTBlock(nn.Module):
-    """Pre-norm attention and MLP, as in EVA-CLIP and CLIP.
+    """Pre-norm attention and MLP, as in EVA-CLIP, CLIP and SigLIP.
 
     K has no bias: it would add the same number to all scores of a query, and the softmax cancels
     that. Checkpoints that store one lose nothing when it is dropped."""
@@ -166,7 +223,7 @@ class ViTBlock(nn.Module):
     def __init__(self, c: ViTConfig):
         super().__init__()
         self.heads = c.heads
-        self.act = c.act
+        self.act = ACTS[c.act]
         self.norm1 = LayerNorm(c.width, eps=c.eps)
         self.q = nn.Linear(c.width, c.width)
         self.k = nn.Linear(c.width, c.width, bias=False)
@@ -184,26 +241,24 @@ class ViTBlock(nn.Module):
         v = self.v(h).view(N, L, self.heads, -1).transpose(1, 2)
         y = F.scaled_dot_product_attention(q, k, v)  # (N, H, L, hd)
         x = x + self.proj(y.transpose(1, 2).reshape(N, L, Dv))
-        h = self.fc1(self.norm2(x))  # (N, L, mlp)
-        if self.act == "quick_gelu":
-            h = h * torch.sigmoid(1.702 * h)
-        else:
-            h = F.gelu(h)
+        h = self.act(self.fc1(self.norm2(x)))  # (N, L, mlp)
         return x + self.fc2(h)
 
 
 class ViT(nn.Module):
-    """(N,3,S,S) normalised pixels -> (N,prefix+s*s,Dv). No norm at the end: the adapter has its own."""
+    """(N,3,S,S) normalised pixels -> (N,prefix+s*s,Dv). A norm at the end is SigLIP's alone: the adapter
+    has its own."""
 
     def __init__(self, c: ViTConfig):
         super().__init__()
         self.config = c
         self.recompute = False  # activation checkpointing, a block at a time
         self.patch_embed = nn.Conv2d(3, c.width, c.patch, c.patch, bias=c.patch_bias)
-        self.cls = nn.Parameter(torch.zeros(c.width))
+        self.cls = nn.Parameter(torch.zeros(c.width)) if c.prefix else None
         self.positions = nn.Parameter(torch.zeros(c.prefix + c.side**2, c.width))  # CLS first
         self.pre_norm = LayerNorm(c.width, eps=c.eps) if c.pre_norm else nn.Identity()
         self.blocks = nn.ModuleList(ViTBlock(c) for _ in range(c.layers))
+        self.post_norm = LayerNorm(c.width, eps=c.eps) if c.post_norm else nn.Identity()
 
     def forward(self, images):
         N, S = images.shape[0], self.config.image_size
@@ -211,15 +266,16 @@ class ViT(nn.Module):
             f"this ViT takes (N, 3, {S}, {S}), not {tuple(images.shape)}"
         )
         x = self.patch_embed(images).flatten(2).transpose(1, 2)  # (N, s*s, Dv)
-        cls = self.cls.to(x.dtype).expand(N, 1, -1)
-        x = torch.cat((cls, x), dim=1)  # (N, 1+s*s, Dv)
+        if self.cls is not None:
+            cls = self.cls.to(x.dtype).expand(N, 1, -1)
+            x = torch.cat((cls, x), dim=1)  # (N, 1+s*s, Dv)
         x = self.pre_norm(x + self.positions.to(x.dtype))
         for block in self.blocks:
             if self.recompute and x.requires_grad:
                 x = checkpoint(block, x, use_reentrant=False)
             else:
                 x = block(x)
-        return x
+        return self.post_norm(x)
 
     def resize(self, image_size):
         """Take images of another size from now on: the grid of positions is resized."""
@@ -231,15 +287,15 @@ class ViT(nn.Module):
 
 
 def resize_positions(positions, side):
-    """(1+s*s, Dv) -> (1+side*side, Dv): bicubic between two square grids; CLS keeps its own."""
-    old = math.isqrt(len(positions) - 1)
-    assert old * old == len(positions) - 1, f"{len(positions)} positions are not CLS and a square"
+    """(prefix+s*s, Dv) -> (prefix+side*side, Dv): bicubic between two square grids; CLS keeps its own."""
+    old = math.isqrt(len(positions))
+    prefix = len(positions) - old * old  # 1 where CLS stands in front, else 0
     if old == side:
         return positions
     wide = positions.to(torch.promote_types(positions.dtype, torch.float32))
-    grid = wide[1:].view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, Dv, s, s)
+    grid = wide[prefix:].view(1, old, old, -1).permute(0, 3, 1, 2)  # (1, Dv, s, s)
     grid = F.interpolate(grid, (side, side), mode="bicubic", align_corners=False)
-    return torch.cat((wide[:1], grid.flatten(2)[0].T)).to(positions.dtype)
+    return torch.cat((wide[:prefix], grid.flatten(2)[0].T)).to(positions.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------
@@ -268,16 +324,17 @@ def rotary(positions, c: LlamaConfig, dtype):
 
 def frequencies(c: LlamaConfig, device):
     """Radians per position of each pair of dimensions, (hd/2,), under the config's rope scaling."""
-    head_dim = c.width // c.heads
-    f = torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim
+    f = torch.arange(0, c.head_dim, 2, device=device, dtype=torch.float32) / c.head_dim
     f = 1.0 / c.theta**f
     kind = c.rope.get("rope_type", c.rope.get("type", "default"))
     if kind == "default":
         return f
+    assert kind in ("linear", "llama3"), (
+        f"rope scaling '{kind}' is not one of default, linear, llama3"
+    )
     factor = c.rope["factor"]
     if kind == "linear":
         return f / factor
-    assert kind == "llama3", f"rope scaling '{kind}' is not one of default, linear, llama3"
     turns = c.rope["original_max_position_embeddings"] * f / (2 * math.pi)  # in the old context
     low, high = c.rope["low_freq_factor"], c.rope["high_freq_factor"]
     keep = ((turns - low) / (high - low)).clamp(0, 1)  # 1: turns fast, left alone; 0: slowed
@@ -315,32 +372,35 @@ class KVCache:
 
 
 class LlamaLayer(nn.Module):
+    """Of LLaMA, Mistral, Qwen2 and Qwen3, which differ in their config alone."""
+
     def __init__(self, c: LlamaConfig):
         super().__init__()
-        self.heads = c.heads
-        self.kv_heads = c.kv_heads
-        self.head_dim = c.width // c.heads
+        self.head_dim = c.head_dim
         self.attn_norm = RMSNorm(c.width, c.eps)
-        self.q = nn.Linear(c.width, c.heads * self.head_dim, bias=False)
-        self.k = nn.Linear(c.width, c.kv_heads * self.head_dim, bias=False)
-        self.v = nn.Linear(c.width, c.kv_heads * self.head_dim, bias=False)
-        self.o = nn.Linear(c.heads * self.head_dim, c.width, bias=False)
+        self.q = nn.Linear(c.width, c.heads * c.head_dim, bias=c.qkv_bias)
+        self.k = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        self.v = nn.Linear(c.width, c.kv_heads * c.head_dim, bias=c.qkv_bias)
+        norm = RMSNorm if c.qk_norm else nn.Identity
+        self.q_norm = norm(c.head_dim, c.eps)
+        self.k_norm = norm(c.head_dim, c.eps)
+        self.o = nn.Linear(c.heads * c.head_dim, c.width, bias=c.o_bias)
         self.mlp_norm = RMSNorm(c.width, c.eps)
-        self.gate = nn.Linear(c.width, c.mlp, bias=False)
-        self.up = nn.Linear(c.width, c.mlp, bias=False)
-        self.down = nn.Linear(c.mlp, c.width, bias=False)
+        self.gate = nn.Linear(c.width, c.mlp, bias=c.mlp_bias)
+        self.up = nn.Linear(c.width, c.mlp, bias=c.mlp_bias)
+        self.down = nn.Linear(c.mlp, c.width, bias=c.mlp_bias)
 
     def forward(self, x, cos, sin, mask=None, cache=None):  # (B, T, D)
         B, T, _ = x.shape
         h = self.attn_norm(x)
-        q = self.q(h).view(B, T, self.heads, self.head_dim).transpose(1, 2)  # (B, H, T, hd)
-        k = self.k(h).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
-        v = self.v(h).view(B, T, self.kv_heads, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
+        q = self.q_norm(self.q(h).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, hd)
+        k = self.k_norm(self.k(h).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, hd)
+        v = self.v(h).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, K, T, hd)
         q, k = rotate(q, cos, sin), rotate(k, cos, sin)
         if cache is not None:
             k, v = cache.append(self, k, v)
         causal = mask is None and T > 1
-        grouped = self.heads != self.kv_heads
+        grouped = q.shape[1] != k.shape[1]
         y = F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped
         )  # (B, H, T, hd)
@@ -420,8 +480,9 @@ class InfMLLM(nn.Module):
     def encode_images(self, images):
         """(N,3,S,S) -> (N,P*P,D). uint8 is normalised here; float is taken as normalised already."""
         if images.dtype == torch.uint8:
-            mean = torch.tensor(PIXEL_MEAN, device=images.device).view(3, 1, 1)
-            std = torch.tensor(PIXEL_STD, device=images.device).view(3, 1, 1)
+            c = self.config.vit
+            normal = torch.tensor([c.pixel_mean, c.pixel_std], device=images.device)
+            mean, std = normal.view(2, 3, 1, 1)
             images = (images - 255 * mean) / (255 * std)
         features = self.vit(images.to(self.vit.patch_embed.weight.dtype))  # (N, prefix+s*s, Dv)
         patches = features[:, self.config.vit.prefix :]  # (N, s*s, Dv), a view

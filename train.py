@@ -111,9 +111,21 @@ PAPER = {
         answer=192,
     ),
 }
-# small and llava-7b: as many pixels as their towers were trained on
+# llava-7b: as many pixels as its tower was trained on
 OTHERS = {n: replace(row, image_size=None) for n, row in PAPER.items()}
-STAGES = {"toy": TOY, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
+NANO = {  # [nanoVLM]: such backbones in huggingface/nanoVLM, models/config.py; these rates in all its stages
+    1: Stage(steps=10000, batch=256, rows=32, lr={"adapter": 5e-3}),
+    2: Stage(
+        steps=20000,  # [nanoVLM]; so are the 10000 before it, and 256 rows with SmolLM2-135M
+        batch=256,
+        rows=32,
+        lr={"vit": 5e-5, "adapter": 5e-3, "llm": 5e-5},
+        weight_decay=0.01,  # [nanoVLM], torch's default
+        recompute=True,
+    ),
+    3: replace(PAPER[3], batch=256, image_size=None, lr={"adapter": 5e-3, "llm": 5e-5}),
+}
+STAGES = {"toy": TOY, "nano": NANO, "small": NANO, "infmllm-7b": PAPER, "infmllm-13b": PAPER}
 
 BETAS = (0.9, 0.95)  # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
@@ -309,8 +321,12 @@ def flags():
     flag("--data", str, "mixture of training data, a TOML file; default: the toy world in out/toy")
     flag("--eval-data", str, "mixture held out; default: heldout.toml beside --data, if there")
     flag("--init", str, "start from this checkpoint; default: the stage before (toy: assets/toy)")
-    flag("--vit", str, "take the ViT from here: eva_vit_g.pth, a CLIP or a BLIP-2 folder")
-    flag("--llm", str, "take the LLM from here: a LLaMA or Vicuna folder")
+    flag("--vit", str, "take the ViT from here: eva_vit_g.pth, a CLIP, SigLIP or BLIP-2 folder")
+    flag(
+        "--llm",
+        str,
+        "take the LLM from here: a folder of LLaMA, Vicuna, SmolLM2, Mistral, Qwen2 or Qwen3",
+    )
     flag("--tokenizer", str, "sentencepiece model; default: the one beside --llm or --init")
     flag("--out", str, "folder of the run; default: out/stageN (--stage all: that of the three)")
     flag(

@@ -41,16 +41,19 @@ def activations(model, s):
     """Numbers that blocks and layers keep for the backward pass; with --recompute their inputs alone.
 
     In a layer of the LLM, per token: the inputs of both norms, q, k, v, the output of attention, gate,
-    silu(gate), up. A matrix keeps its own input only where it trains. A frozen ViT keeps nothing; one
+    silu(gate), up, and the inputs of q's and k's norms where it has them. A matrix keeps its own input only where it trains. A frozen ViT keeps nothing; one
     that trains: inputs and outputs of both norms, q, k, v, the output of attention, both sides of GELU.
     """
     c = model.config
     tokens, patches = places(c, s)
-    D, kv_width = c.llm.width, c.llm.width // c.llm.heads * c.llm.kv_heads
+    D = c.llm.width
+    q_width, kv_width = c.llm.heads * c.llm.head_dim, c.llm.kv_heads * c.llm.head_dim
     kept, inputs = [], 0
     for layer in models.every_layer(model):
         if isinstance(layer, models.LlamaLayer):
-            numbers = 4 * D + 2 * kv_width + 3 * c.llm.mlp
+            numbers = 2 * D + 2 * q_width + 2 * kv_width + 3 * c.llm.mlp
+            if c.llm.qk_norm:
+                numbers += q_width + kv_width
             if trains(layer.q):
                 numbers += D
             if trains(layer.down):
@@ -105,10 +108,10 @@ def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0):
     vit = patch_embed + v.layers * (vit_matrices + 4 * patches**2 * v.width)
     adapter_in = 2 * c.visual_tokens * v.width * l.width
     adapter_out = 2 * c.visual_tokens * l.width**2
-    kv_width = l.width * l.kv_heads // l.heads
-    qv = 2 * T * l.width * (l.width + kv_width)
-    layer = 2 * T * l.width * (2 * l.width + 2 * kv_width + 3 * l.mlp)
-    attention = 2 * T * T * l.width
+    q_width, kv_width = l.heads * l.head_dim, l.kv_heads * l.head_dim
+    qv = 2 * T * l.width * (q_width + kv_width)
+    layer = 2 * T * l.width * (2 * q_width + 2 * kv_width + 3 * l.mlp)
+    attention = 2 * T * T * q_width
     head = 2 * supervised * l.width * l.vocab
     parts = {
         "vit": vit,

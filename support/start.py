@@ -79,7 +79,7 @@ def same_architecture(args, path):
             others += [
                 f"{part} {key} {found[part].get(key)} and not {value}"
                 for key, value in wanted[part].items()
-                if key != "image_size" and found[part].get(key) != value
+                if key != "image_size" and found[part].get(key, value) != value
             ]
     if others:
         raise BadInput(

@@ -10,6 +10,8 @@ import torch
 import transformers
 from safetensors.torch import load_file
 from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
     Blip2Config,
     Blip2ForConditionalGeneration,
     Blip2QFormerConfig,
@@ -18,23 +20,30 @@ from transformers import (
     CLIPVisionConfig,
     CLIPVisionModel,
     LlamaConfig,
-    LlamaForCausalLM,
     LlavaConfig,
     LlavaForConditionalGeneration,
+    SiglipConfig,
+    SiglipModel,
+    SiglipVisionConfig,
+    SiglipVisionModel,
 )
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
+from transformers.models.mistral.modeling_mistral import MistralRMSNorm
+from transformers.models.qwen2.modeling_qwen2 import Qwen2RMSNorm
+from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm
 
 transformers.utils.logging.disable_progress_bar()
 
 
 def exact_norm(self, x):
-    """transformers rounds LLaMA's norms to fp32 whatever the dtype: noise of 1e-6 that hides our errors in float64."""
+    """transformers rounds RMSNorms to fp32 whatever the dtype: noise of 1e-6 that hides our errors in float64."""
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
     return self.weight * wide.to(x.dtype)
 
 
-LlamaRMSNorm.forward = exact_norm
+for norm in (LlamaRMSNorm, MistralRMSNorm, Qwen2RMSNorm, Qwen3RMSNorm):
+    norm.forward = exact_norm
 
 
 def assert_close(ours, theirs):
@@ -81,12 +90,27 @@ TOWER = dict(
 )
 
 
-def llama(**changed):
-    return randomise(LlamaForCausalLM(LlamaConfig(**LLAMA | changed)))
+def llama(kind="llama", **changed):
+    """A language model of that model_type."""
+    config = AutoConfig.for_model(kind, **LLAMA | changed)
+    return randomise(AutoModelForCausalLM.from_config(config))
 
 
 def clip():
     return randomise(CLIPVisionModel(CLIPVisionConfig(**TOWER)))
+
+
+def siglip(**changed):
+    return randomise(SiglipVisionModel(SiglipVisionConfig(**TOWER | changed)))
+
+
+def whole_siglip(tower):
+    """SigLIP around that tower: a text half."""
+    text = dict(vocab_size=96, hidden_size=48, num_hidden_layers=5, num_attention_heads=4)
+    config = SiglipConfig(vision_config=tower.config.to_dict(), text_config=text)
+    whole = randomise(SiglipModel(config))
+    whole.vision_model.load_state_dict(tower.state_dict())
+    return whole
 
 
 def blip2():
@@ -126,7 +150,7 @@ def publish(folder):
     kind = config["model_type"]
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
-    if kind == "llama":
+    if kind in ("llama", "mistral"):
         for layer in range(config["num_hidden_layers"]):
             state[f"model.layers.{layer}.self_attn.rotary_emb.inv_freq"] = torch.ones(4)
     if kind == "llava":
@@ -140,6 +164,12 @@ def publish(folder):
             "visual_projection.weight": torch.ones(8, 48),
         }
         config = {"model_type": "clip", "text_config": {"hidden_size": 8}, "vision_config": config}
+    if kind == "siglip":  # the hub's says what is not its class's default
+        config["vision_config"] = {
+            key: value
+            for key, value in config["vision_config"].items()
+            if value != getattr(SiglipVisionConfig(), key, None)
+        }
     for part in (config, config.get("text_config", {})):
         rope = part.pop("rope_parameters", None)
         if rope:

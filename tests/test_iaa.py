@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import tiny
 import torch
-from tiny import IMG, batch, network, pictures, rows, text
+from tiny import IMG, TODAY, batch, network, pictures, rows, text
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -54,8 +54,9 @@ def deeper(m):
 
 
 @torch.no_grad()
-def test_a_new_branch_computes_the_bases_function_to_the_bit():
-    m = network()
+@pytest.mark.parametrize("backbones", [{}, TODAY])
+def test_a_new_branch_computes_the_bases_function_to_the_bit(backbones):
+    m = network(**backbones)
     images, tokens, _ = batch()
     fresh = grow(m, "mm", [1])
     assert len(fresh.llm.layers) == 3

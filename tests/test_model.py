@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tiny import IMG, batch, network, pictures, rows, text
+from tiny import IMG, TODAY, batch, network, pictures, rows, text
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 from torch.nn import functional as F
@@ -21,8 +21,9 @@ def kept(run):
 
 
 @torch.no_grad()
-def test_cached_decoding_equals_uncached_at_every_step():
-    llm = network().llm
+@pytest.mark.parametrize("backbones", [{}, TODAY])
+def test_cached_decoding_equals_uncached_at_every_step(backbones):
+    llm = network(**backbones).llm
     tokens = rows(text(20), text(20, 2))
     cache = KVCache(20)
     turns = tokens.split((7, 1, 1, 1, 10), dim=1)  # a prompt, single steps, another turn
@@ -35,9 +36,19 @@ def test_a_wrong_number_of_placeholders_is_one_clear_sentence():
         network()(pictures(2), rows([1] + IMG + text(3)))
 
 
-def test_bytes_are_normalised_as_clip_does_and_floats_are_taken_as_they_come():
-    m, images = network(), pictures(2)
-    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (OPENAI_CLIP_MEAN, OPENAI_CLIP_STD))
+HALF = [0.5, 0.5, 0.5]
+
+
+@pytest.mark.parametrize(
+    "vit, mean, std",
+    [
+        ({}, OPENAI_CLIP_MEAN, OPENAI_CLIP_STD),
+        (dict(pixel_mean=HALF, pixel_std=HALF), HALF, HALF),
+    ],
+)
+def test_bytes_are_normalised_as_the_config_says_and_floats_are_taken_as_they_come(vit, mean, std):
+    m, images = network(vit=vit), pictures(2)
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in (mean, std))
     normalised = (images / 255 - mean) / std
     assert (m.encode_images(images) - m.encode_images(normalised)).abs().max() < 1e-5
 
@@ -96,6 +107,12 @@ def test_a_stage_trains_its_parts_and_a_batch_without_images_reaches_them_all(st
             assert p.grad.any() if name.startswith("llm.") else (p.grad == 0).all(), name
 
 
+def test_stage_2_trains_q_and_v_with_their_biases_and_not_their_norms():
+    m = network(**TODAY).freeze(2)
+    names = {name for name, p in m.llm.layers[0].named_parameters() if p.requires_grad}
+    assert names == {"q.weight", "q.bias", "v.weight", "v.bias"}
+
+
 def test_recomputed_activations_are_not_kept():
     m = network().freeze(2)
     whole = kept(lambda: m(*batch()))
@@ -110,6 +127,14 @@ def test_a_model_resized_has_as_many_visual_tokens_unless_nothing_is_pooled(adap
     m = network(adapter=adapter).resize(64, grid)
     assert m.config.visual_tokens == cells
     assert m.encode_images(torch.zeros(1, 3, 64, 64)).shape == (1, cells, 32)
+
+
+def test_pixels_that_fill_no_patch_are_not_seen():
+    m = network(**TODAY).resize(30)  # of patches of 8 px three a side
+    images = torch.randn(1, 3, 30, 30)
+    seen = m.vit(images)
+    images[:, :, 24:] = images[:, :, :, 24:] = 9.0
+    assert seen.shape == (1, 9, 24) and torch.equal(m.vit(images), seen)
 
 
 @torch.no_grad()
@@ -128,9 +153,12 @@ def test_a_seed_gives_the_same_weights_and_every_kind_its_size():
 
 def test_inconsistent_configs_are_refused_with_a_sentence():
     for make, says in (
-        (lambda: ViTConfig(30, 8), "no multiple of patch"),
+        (
+            lambda: network(vit=dict(act="relu")),
+            "activation is gelu, gelu_pytorch_tanh, quick_gelu",
+        ),
         (lambda: ViTConfig(heads=7), "not divisible"),
-        (lambda: LlamaConfig(heads=7), "not divisible"),
+        (lambda: network(grid=5), "grid 5 is not within the ViT's 4 patches"),
         (lambda: LlamaConfig(kv_heads=5), "do not share"),
         (lambda: network(adapter="qformer"), "adapter is pool, mlp, resampler"),
     ):

@@ -281,7 +281,7 @@ def test_a_source_that_the_llm_has_no_words_for_is_said(tmp_path, capsys, monkey
         ("--stage 1 --init start --out start/config.json/x", "Not a directory; mend that"),
         ("--stage 1 --init start --tokenizer none.model", "none.model: cannot be read"),
         ("--stage 1 --init start --grid 5", "grid 5 is not within the ViT's 4 patches"),
-        ("--stage 1 --init start --image-size 18", "image size 18 is no multiple of patch 4"),
+        ("--stage 1 --init start --image-size 7", "grid 2 is not within the ViT's 1 patches"),
     ],
 )
 def test_a_contradiction_is_refused_in_one_sentence(here, capsys, monkeypatch, line, sentence):

@@ -100,10 +100,17 @@ def same(a, b):
 IMG = [IMAGE] * 4  # where an image of `network` stands in a row of tokens
 
 
-def network(layers=2, **changed):
+# what the backbones of today have and CLIP and LLaMA-2 do not
+TODAY = dict(
+    vit=dict(act="gelu_pytorch_tanh", prefix=0, post_norm=True, pixel_mean=[0.5] * 3),
+    llm=dict(head_dim=24, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True),
+)
+
+
+def network(layers=2, vit=(), llm=(), **changed):
     """A random model of 32 pixels and 50 words, whose weights are large enough to matter."""
-    vit = ViTConfig(32, 8, 24, 2, 3, 40)
-    llm = LlamaConfig(50, 32, layers, 4, 2, 48)
+    vit = ViTConfig(32, 8, 24, 2, 3, 40, **dict(vit))
+    llm = LlamaConfig(50, 32, layers, 4, 2, 48, **dict(llm))
     m = init(InfMLLM(Config(vit, llm, **dict(grid=2) | changed)))
     with torch.no_grad():
         for p in m.parameters():

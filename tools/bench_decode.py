@@ -4,14 +4,17 @@ from functools import partial
 
 import torch
 
-from model import IMAGE, PRESETS
+from model import IMAGE, PRESETS, LlamaConfig
 from sample import generate_ids
 from tools.bench_train import llava_pair
 from tools.measure import Table, in_turns
 
 
 def decode(args, size="toy", new=64, repeat=5):
-    c = PRESETS[size]()
+    c = PRESETS["toy"]()
+    if size == "small":  # TinyLlama behind CLIP's ViT-L
+        c = PRESETS["llava-7b"]()
+        c.llm = LlamaConfig(32000, 2048, 22, 32, 4, 5632, 2048)
     c.vit.image_size = 4 * c.vit.patch  # 4 x 4 patches: the toy's 16 visual tokens, without a pool
     if size != "toy":
         c.vit.layers = 2  # the picture is not what is measured

@@ -9,7 +9,11 @@ from support.errors import BadInput
 from support.files import read_json
 from text.templates import HERE
 
-LIMITS = {"layers": 1000, "vocab": 2**24}  # of a config; its other whole numbers end at a million
+LIMITS = {
+    "layers": 1000,
+    "vocab": 2**24,
+    "prefix": 1,
+}  # of a config; its other whole numbers end at a million
 
 
 def read_config(path, make):
@@ -41,15 +45,18 @@ def checked(config):
         if is_dataclass(value):
             checked(value)
         elif field.type is int:
-            assert type(value) is int and 1 <= value <= LIMITS.get(field.name, 2**20), wrong
+            least = 0 if field.name == "prefix" else 1
+            assert type(value) is int and least <= value <= LIMITS.get(field.name, 2**20), wrong
         elif field.type is float:
             assert type(value) in (int, float) and 0 < value < 1e12, wrong
+        elif field.type is list:  # of the three colours
+            assert type(value) is list and [0 < v < 1 for v in value] == [True] * 3, wrong
         else:
             assert isinstance(value, field.type), wrong
     if isinstance(config, Config):
         assert HERE in config.image_mark, f"image_mark is {config.image_mark[:50]!r}"
     if isinstance(config, LlamaConfig):
-        assert config.width // config.heads % 2 == 0, "half a pair to rotate"
+        assert config.head_dim % 2 == 0, "half a pair to rotate"
         assert frequencies(config, "cpu").isfinite().all(), f"rope {str(config.rope)[:80]}"
     return config
 
@@ -62,7 +69,7 @@ def renamed(d, names):
 def insist(d, expected, path, family):
     """Refuse what a config.json asks for and is built here otherwise."""
     others = [
-        f"{key}={d[key]!r}" for key, only in expected.items() if d.get(key) not in (None, only)
+        f"{key}={d[key]!r:.60}" for key, only in expected.items() if d.get(key) not in (None, only)
     ]
     if others:
         raise BadInput(f"{path}: {', '.join(others)} is not {family} as built here; take another")

@@ -1,4 +1,4 @@
-"""LLaMA, Vicuna and their kin."""
+"""LLaMA and its kin: Vicuna, SmolLM2, TinyLlama; Mistral, Qwen2 and Qwen3, which differ in config fields alone."""
 
 import json
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 
 from model import Llama, LlamaConfig
+from support.errors import BadInput
 from weights.configs import insist, read_config, renamed
 from weights.files import save_tensors
 from weights.rename import fill, match, on_meta
@@ -13,14 +14,16 @@ from weights.rename import fill, match, on_meta
 LLAMA = {
     "model.embed_tokens.weight": "embed.weight",
     "model.layers.{}.input_layernorm.weight": "layers.{}.attn_norm.weight",
-    "model.layers.{}.self_attn.q_proj.weight": "layers.{}.q.weight",
-    "model.layers.{}.self_attn.k_proj.weight": "layers.{}.k.weight",
-    "model.layers.{}.self_attn.v_proj.weight": "layers.{}.v.weight",
-    "model.layers.{}.self_attn.o_proj.weight": "layers.{}.o.weight",
+    "model.layers.{}.self_attn.q_proj.{}": "layers.{}.q.{}",
+    "model.layers.{}.self_attn.k_proj.{}": "layers.{}.k.{}",
+    "model.layers.{}.self_attn.v_proj.{}": "layers.{}.v.{}",
+    "model.layers.{}.self_attn.q_norm.weight": "layers.{}.q_norm.weight",
+    "model.layers.{}.self_attn.k_norm.weight": "layers.{}.k_norm.weight",
+    "model.layers.{}.self_attn.o_proj.{}": "layers.{}.o.{}",
     "model.layers.{}.post_attention_layernorm.weight": "layers.{}.mlp_norm.weight",
-    "model.layers.{}.mlp.gate_proj.weight": "layers.{}.gate.weight",
-    "model.layers.{}.mlp.up_proj.weight": "layers.{}.up.weight",
-    "model.layers.{}.mlp.down_proj.weight": "layers.{}.down.weight",
+    "model.layers.{}.mlp.gate_proj.{}": "layers.{}.gate.{}",
+    "model.layers.{}.mlp.up_proj.{}": "layers.{}.up.{}",
+    "model.layers.{}.mlp.down_proj.{}": "layers.{}.down.{}",
     "model.layers.{}.self_attn.rotary_emb.inv_freq": None,  # computed from the config
     "model.rotary_emb.inv_freq": None,
     "model.norm.weight": "norm.weight",
@@ -37,9 +40,18 @@ FIELDS = {
     "rms_norm_eps": "eps",
     "rope_theta": "theta",
     "tie_word_embeddings": "tied",
+    "head_dim": "head_dim",
+    "attention_bias": "o_bias",
+    "mlp_bias": "mlp_bias",
 }
-DEFAULTS = {"context": 2048, "eps": 1e-6}  # theirs, where they are not ours
-ONLY = {"model_type": "llama", "hidden_act": "silu", "attention_bias": False, "mlp_bias": False}
+QWEN = dict(vocab=151936, mlp=22016, context=32768, eps=1e-6)
+FAMILIES = {  # model_type: what its config.json may leave out, where that is not our default
+    "llama": dict(context=2048, eps=1e-6),
+    "mistral": dict(kv_heads=8, mlp=14336, context=131072, eps=1e-6),
+    "qwen2": QWEN | dict(qkv_bias=True),
+    "qwen3": QWEN | dict(head_dim=128, qk_norm=True),
+}
+ONLY = {"hidden_act": "silu", "use_sliding_window": False, "rope_interleaved": False}
 
 
 def llama_table(config):
@@ -49,16 +61,26 @@ def llama_table(config):
 
 
 def llama_config(d, path):
+    kind = d.get("model_type")
+    if kind not in FAMILIES:
+        raise BadInput(
+            f"{path}: model_type {kind!r} is no language model known here; take one of {', '.join(FAMILIES)}"
+        )
     rope = d.get("rope_parameters") or d.get("rope_scaling") or {}
-    values = DEFAULTS | renamed(d, FIELDS) | renamed(rope, {"rope_theta": "theta"})
+    values = FAMILIES[kind] | renamed(d, FIELDS) | renamed(rope, {"rope_theta": "theta"})
     values.setdefault("kv_heads", values.get("heads", LlamaConfig.heads))
+    values.setdefault("qkv_bias", values.get("o_bias", False))
+    if kind == "mistral":  # a row of no more than the window sees all of itself, as here
+        window = d.get("sliding_window", 4096)
+        values["context"] = min(values["context"], window or values["context"])
     config = LlamaConfig(rope=rope, **values)
-    insist(d, ONLY | {"head_dim": config.width // config.heads}, path, "LLaMA")
+    full = ["full_attention"] * len(d.get("layer_types") or [])
+    insist(rope | d, ONLY | {"layer_types": full, "partial_rotary_factor": 1}, path, kind)
     return config
 
 
 def load_llama(path, dtype=torch.float32):
-    """A LLaMA or Vicuna folder as published or as transformers saves it."""
+    """A folder of one of FAMILIES as published or as transformers saves it."""
     config = read_config(path, llama_config)
     return fill(on_meta(Llama, config), path, llama_table(config), dtype)
 
@@ -72,9 +94,15 @@ def export_llama(model, path):
     turned = {name: theirs for theirs, name in llama_table(c).items() if name}
     state = {theirs: ours[name] for name, (theirs,) in match(ours, turned).items()}
     save_tensors(state, path / "model.safetensors")
+    family = "llama"  # Mistral is this, with grouped queries
+    if c.qk_norm:
+        family = "qwen3"
+    elif c.qkv_bias and not c.o_bias:
+        family = "qwen2"
     config = ONLY | {theirs: getattr(c, name) for theirs, name in FIELDS.items()}
     config |= {
-        "architectures": ["LlamaForCausalLM"],
+        "model_type": family,
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
         "rope_scaling": c.rope or None,
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
     }

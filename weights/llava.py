@@ -34,7 +34,9 @@ def llava_config(d, path):
             "transformers reads, such as llava-hf/llava-1.5-7b-hf"
         )
     insist(d, ONLY, path, "LLaVA-1.5")
-    vit = vit_config(d.get("vision_config", {}), path)
+    vision = d.get("vision_config", {})
+    insist(vision, {"model_type": "clip_vision_model"}, path, "LLaVA-1.5's vision tower")
+    vit = vit_config(vision, path)
     llm = llama_config(d.get("text_config", {}), path)
     return Config(vit, llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>")
 

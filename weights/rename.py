@@ -71,13 +71,14 @@ def faults(matched, theirs, ours):
 def fits(name, theirs, ours, blocks):
     have = [n for n in theirs.shape if n != 1]  # cls_token (1,1,D) is our (D)
     want = [n for n in (ours[0] * blocks, *ours[1:]) if n != 1]
-    if (
-        name.endswith("positions")
-        and len(have) == 2
-        and math.isqrt(have[0] - 1) ** 2 == have[0] - 1
-    ):
-        have[0] = want[0]  # CLS and another square grid, which fill() resizes
+    if name.endswith("positions") and len(have) == 2 and beyond(have[0]) == beyond(want[0]) <= 1:
+        have[0] = want[0]  # another square grid, CLS or none in front, which fill() resizes
     return have == want and theirs.dtype in FLOATS
+
+
+def beyond(n):
+    """By how much n is more than a square: 1 where CLS stands in front of a grid."""
+    return n - math.isqrt(n) ** 2
 
 
 def fill(model, path, table, dtype):
@@ -101,7 +102,7 @@ def fill(model, path, table, dtype):
                 if name:  # a copy, and not a view: that would keep the whole file in memory
                     like = ours[name].shape
                     if name.endswith("positions"):
-                        block = resize_positions(block.view(-1, like[1]), math.isqrt(like[0] - 1))
+                        block = resize_positions(block.view(-1, like[1]), math.isqrt(like[0]))
                     block = block.reshape(like)
                     state[name] = block.to(dtype or block.dtype, copy=True)
     model.load_state_dict(state, assign=True)

@@ -1,4 +1,4 @@
-"""Vision towers: CLIP as LLaVA reads it, EVA-CLIP's ViT-g, and the same in transformers' BLIP-2.
+"""Vision towers: CLIP as LLaVA reads it, SigLIP, EVA-CLIP's ViT-g, and the same in transformers' BLIP-2.
 
 To add one, write its names into a table, and what its config.json leaves out into TOWERS.
 """
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from model import CLIP_L, EVA_G, ViT, ViTConfig
+from model import CLIP_L, SIGLIP_BASE, ViT, ViTConfig
 from support.errors import BadInput
 from weights.configs import read_config, renamed
 from weights.rename import fill, on_meta, prefixed
@@ -37,8 +37,9 @@ ALONE = {  # a tower in transformers
     "encoder.layers.{}.layer_norm2.{}": "blocks.{}.norm2.{}",
     "encoder.layers.{}.mlp.fc1.{}": "blocks.{}.fc1.{}",
     "encoder.layers.{}.mlp.fc2.{}": "blocks.{}.fc2.{}",
-    "post_layernorm.*": None,
-    # CLIP's
+    "post_layernorm.{}": "post_norm.{}",  # SigLIP's; vit_table drops it elsewhere
+    "head.*": None,  # SigLIP's pooling
+    # CLIP's and SigLIP's
     "embeddings.position_embedding.weight": "positions",
     "pre_layrnorm.{}": "pre_norm.{}",  # their spelling
     "encoder.layers.{}.self_attn.k_proj.bias": None,  # cancels in the softmax
@@ -55,7 +56,7 @@ ALONE = {  # a tower in transformers
 CLIP_TEXT = {
     "text_*": None,
     "visual_projection.weight": None,
-    "logit_scale": None,
+    "logit_*": None,
 }
 BLIP2_REST = {
     "qformer.*": None,
@@ -63,7 +64,7 @@ BLIP2_REST = {
     "language_model.*": None,
     "language_projection.*": None,
 }
-# under the names of several versions, or a whole CLIP or BLIP-2, of which the rest is dropped
+# under the names of several versions, or a whole CLIP, SigLIP or BLIP-2, of which the rest is dropped
 TRANSFORMERS = prefixed(ALONE, "vision_model.") | ALONE | CLIP_TEXT | BLIP2_REST
 
 FIELDS = {
@@ -77,24 +78,31 @@ FIELDS = {
     "layer_norm_eps": "eps",
 }
 CLIP = CLIP_L | dict(image_size=224, patch=32, width=768, layers=12, heads=12, mlp=3072)
+SIGLIP_224 = SIGLIP_BASE | dict(image_size=224)
 TOWERS = {  # model_type: what its config.json may leave out, how many blocks at its end do not run
     "clip": (CLIP, 1),  # LLaVA reads hidden state -2
     "clip_vision_model": (CLIP, 1),
-    "blip_2_vision_model": (dict(image_size=224, **EVA_G), 0),
-    "blip-2": (dict(image_size=224, **EVA_G), 0),
+    "siglip": (SIGLIP_224, 0),
+    "siglip_vision_model": (SIGLIP_224, 0),
+    "blip_2_vision_model": (dict(image_size=224), 0),
+    "blip-2": (dict(image_size=224), 0),
 }
 
 
 def vit_table(names, config):
-    """The block behind those that run is dropped: CLIP's last, and block 39 of eva_vit_g.pth."""
-    return {f"*.{config.layers}.*": None} | names
+    """What is behind the blocks that run is dropped: CLIP's last, and block 39 of eva_vit_g.pth; a norm."""
+    dropped = {f"*.{config.layers}.*": None}
+    if not config.post_norm:
+        dropped["*post_layernorm.*"] = None
+    return dropped | names
 
 
 def vit_config(d, path):
     kind = d.get("model_type")
     if kind not in TOWERS:
         raise BadInput(
-            f"{path}: model_type {kind!r} is no vision tower known here; take CLIP or EVA"
+            f"{path}: model_type {kind!r} is no vision tower known here; take CLIP, EVA or SigLIP of "
+            "a fixed size"
         )
     defaults, unused = TOWERS[kind]
     values = defaults | renamed(d.get("vision_config", d), FIELDS)
@@ -108,7 +116,7 @@ def load_vit(path, image_size=None, dtype=torch.float32):
         config = read_config(path, vit_config)
         names = TRANSFORMERS
     else:
-        config = ViTConfig(224, **EVA_G)
+        config = ViTConfig(224)
         names = EVA
     vit = fill(on_meta(ViT, config), path, vit_table(names, config), dtype)
     if image_size:

@@ -59,6 +59,13 @@ def test_llava_as_its_authors_publish_it_is_named_with_the_way_out(tmp_path):
         weights.llava.load_llava(tmp_path)
 
 
-def test_a_llava_that_reads_other_features_is_refused():
-    with pytest.raises(BadInput, match="vision_feature_layer=-1 is not LLaVA"):
-        weights.llava.llava_config(LLAVA | dict(vision_feature_layer=-1), "config.json")
+@pytest.mark.parametrize(
+    "key, value, says",
+    [
+        ("vision_feature_layer", -1, "vision_feature_layer=-1 is not LLaVA"),
+        ("vision_config", {"model_type": "siglip_vision_model"}, "is not LLaVA-1.5's vision tower"),
+    ],
+)
+def test_a_llava_that_reads_other_features_is_refused(key, value, says):
+    with pytest.raises(BadInput, match=says):
+        weights.llava.llava_config(LLAVA | {key: value}, "config.json")

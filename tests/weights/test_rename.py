@@ -17,6 +17,7 @@ from support.errors import BadInput
         ("pooler.mlp.0.weight", torch.ones(3, 3), "pooler.mlp.0.weight: misshapen"),
         ("ln_vision.bias", torch.ones(24).int(), "ln_vision.bias: misshapen, .24. of torch.int32"),
         ("adapter.norm.bias", torch.ones(24), "adapter.norm.bias is already filled"),
+        ("visual_encoder.pos_embed", torch.ones(16, 24), "pos_embed: misshapen"),  # no CLS
         ("a\n\x1b[2Jb", torch.ones(1), r"\(a  \[2Jb: left over"),  # no commands to a terminal
     ],
 )
