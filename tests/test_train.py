@@ -18,6 +18,7 @@ import train
 import weights
 from support.log import records
 from support.ranks import Ranks
+from text.tokenizer import Tokenizer
 
 FAST = "--workers 0 --batch 8 --log-every 1 --eval-rows 9 --eval-every 0 --score-rows 0".split()
 
@@ -73,6 +74,20 @@ def test_stages_in_a_row_train_exactly_their_parts_and_lower_their_held_out_loss
         "next: python sample.py",
     ):
         assert sentence in said
+
+
+def test_backbones_of_today_go_through_the_stages_and_are_resumed_and_scored(here, capsys):
+    today = tiny.model(**tiny.TODAY)
+    weights.save(here / "start", today, Tokenizer(tiny.TOKENIZER), {"preset": "toy"})
+    assert run(f"--stage all --init {here}/start --out {here} --steps 2") == 0
+    scored = "--eval-every 9 --score-rows 1"
+    assert run(f"--stage 3 --out {here}/stage3 --resume --steps 4 {scored}") == 0
+    assert "held out, answers generated" in capsys.readouterr().out
+    assert weights.load(here / "stage3").config == today.config
+    assert changed(here / "stage1", here / "stage2") >= {
+        "vit.post_norm.weight",
+        "llm.layers.0.v.bias",
+    }
 
 
 def test_frozen_weights_are_saved_with_the_bits_they_came_with_whatever_the_arithmetic(here):

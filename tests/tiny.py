@@ -25,9 +25,16 @@ ROOT = Path(__file__).resolve().parent.parent
 TOKENIZER = ROOT / "assets/toy/tokenizer.model"
 
 
-def model(seed=0, pixels=16, context=256):
-    vit = ViTConfig(pixels, pixels // 4, 16, 2, 2, 32)
-    llm = LlamaConfig(Tokenizer(TOKENIZER).size, 32, 2, 2, 1, 48, context=context)
+# what the backbones of today have and CLIP and LLaMA-2 do not
+TODAY = dict(
+    vit=dict(act="gelu_pytorch_tanh", prefix=0, post_norm=True, pixel_mean=[0.5] * 3),
+    llm=dict(head_dim=24, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True),
+)
+
+
+def model(seed=0, pixels=16, context=256, vit=(), llm=()):
+    vit = ViTConfig(pixels, pixels // 4, 16, 2, 2, 32, **dict(vit))
+    llm = LlamaConfig(Tokenizer(TOKENIZER).size, 32, 2, 2, 1, 48, context=context, **dict(llm))
     return init(InfMLLM(Config(vit, llm, grid=2)), seed)
 
 
@@ -98,13 +105,6 @@ def same(a, b):
 
 
 IMG = [IMAGE] * 4  # where an image of `network` stands in a row of tokens
-
-
-# what the backbones of today have and CLIP and LLaMA-2 do not
-TODAY = dict(
-    vit=dict(act="gelu_pytorch_tanh", prefix=0, post_norm=True, pixel_mean=[0.5] * 3),
-    llm=dict(head_dim=24, qkv_bias=True, o_bias=True, mlp_bias=True, qk_norm=True),
-)
 
 
 def network(layers=2, vit=(), llm=(), **changed):

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import layouts
 import oracle
@@ -45,6 +46,14 @@ def test_a_checkpoint_that_is_pruned_while_it_is_read_gives_way_to_the_next(tmp_
     monkeypatch.setattr(weights, "load", load_while_it_trains)
     model, _ = support.start.load_model(tmp_path, device="cpu")
     assert tiny.same(model, tiny.model(2))
+
+
+def test_a_checkpoint_of_a_time_with_fewer_fields_is_its_preset_still():
+    toy = tiny.ROOT / "assets/toy"
+    assert "head_dim" not in (toy / "config.json").read_text()
+    support.start.same_architecture(SimpleNamespace(preset="toy", vit=None, llm=None), toy)
+    with pytest.raises(BadInput, match="is not nano .vit patch 8 and not 16"):
+        support.start.same_architecture(SimpleNamespace(preset="nano", vit=None, llm=None), toy)
 
 
 def test_llavas_folder_is_asked_as_it_was_trained_and_brings_or_is_given_a_tokenizer(
