@@ -193,8 +193,7 @@ PRESETS = {  # functions, so that nobody changes a shared default
     ),
     "infmllm-7b": lambda: Config(ViTConfig(), LlamaConfig()),
     "infmllm-13b": lambda: Config(
-        ViTConfig(),
-        LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824),
+        ViTConfig(), LlamaConfig(width=5120, layers=40, heads=40, kv_heads=40, mlp=13824)
     ),
 }
 
@@ -246,8 +245,8 @@ class ViTBlock(nn.Module):
 
 
 class ViT(nn.Module):
-    """(N,3,S,S) normalised pixels -> (N,prefix+s*s,Dv). A norm at the end is SigLIP's alone: the adapter
-    has its own."""
+    """(N,3,S,S) normalised pixels -> (N,prefix+s*s,Dv). Of CLIP and EVA without the norm at their end:
+    the adapter has its own."""
 
     def __init__(self, c: ViTConfig):
         super().__init__()
