@@ -49,7 +49,7 @@ from data import Data, some
 from formats import Record, load_mixture
 from model import IMAGE
 from support import drawing, metrics
-from support.commands import positive, run
+from support.commands import few, positive, run
 from support.errors import BadInput
 from support.files import read_json, whole
 from support.log import asked_of, times
@@ -86,6 +86,7 @@ class Exam:
     kind: str  # how they are scored: the task, or the benchmark
     count: int  # of all that there are
     record: Callable  # number -> Record
+    folder: str | None = None  # of its pictures
     numbers: list = ()  # of those that are asked
     protocol: str = "vqav2"  # of short answers
     format: str = ""  # of the source: what its server takes
@@ -105,7 +106,7 @@ def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None, p
                 raise BadInput(f"{data}: {text!r} is answered by {label!r}, not yes or no; mend it")
         task = task or "vqa"
         record = partial(yes_or_no, benchmark, task, rows)
-        return [Exam(benchmark, task, benchmark, len(rows), record)]
+        return [Exam(benchmark, task, benchmark, len(rows), record, images or data)]
     sources = [s for s in load_mixture(data, train=False) if task in (None, s.task)]
     if not sources:
         raise BadInput(f"{data}: has no source for --task {task}; leave --task out")
@@ -119,6 +120,7 @@ def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None, p
         if exam.protocol not in PROTOCOLS:
             s.wrong(f"`protocol` is {s.protocol!r}; name one of {', '.join(PROTOCOLS)}")
         exam.format, exam.published = s.format, s.published
+        exam.folder = s.images and s.path("images")
         exams.append(exam)
     return exams
 
@@ -182,7 +184,9 @@ def read_mme(path, images):
 
 def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks):
     """Write this rank's answers into a file of its own, but for those that are on disk already."""
-    done = {key(r) for r in read_rows(folder) if "unreadable" not in r}
+    done = {
+        key(r): to_lines([r | {"said": None}]) for r in read_rows(folder) if "unreadable" not in r
+    }
     batches = [
         (exam, exam.numbers[first : first + batch])
         for exam in exams
@@ -212,7 +216,13 @@ def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks):
                     file.write(to_lines([row]))
             for start in range(0, len(questions), batch):  # a conversation has several
                 tokens, images, rows = zip(*questions[start : start + batch])
-                if all(key(r) in done for r in rows):
+                known = [done.get(key(r)) for r in rows]
+                if all(known):
+                    if known != [to_lines([r]) for r in rows]:
+                        raise BadInput(
+                            f"{folder}: holds answers to what {exam.name} asked before it changed; "
+                            "remove it, or name another --out"
+                        )
                     continue
                 pad = TASKS[exam.task].pad
                 own = OCR_VQA if exam.protocol == "ocrvqa" and not asked["max_new_tokens"] else {}
@@ -489,6 +499,8 @@ def evaluate(
     exams = open_exams(model, tokenizer, data, task, benchmark, images, protocol)
     for exam in exams:
         exam.numbers = some(exam.count, limit)
+    if sheet:
+        drawing.check_target(sheet, *[exam.folder for exam in exams])
     asked = dict(beams=beams, min_new_tokens=min_new_tokens, max_new_tokens=max_new_tokens)
     adapter = torch.cat([p.detach().flatten() for p in model.adapter.parameters()])
     claim(

@@ -18,7 +18,7 @@ from PIL import Image
 from data import Data, some
 from formats import load_mixture
 from model import IGNORE, PRESETS
-from support.commands import Parser, positive, run
+from support.commands import Parser, few, run
 from support.drawing import TRUE, check_target, sheet
 from support.errors import BadInput
 from support.start import TOY_START
@@ -34,10 +34,10 @@ def parse(argv):
     flag = parser.flag
     parser.add_argument("mixture", help="the TOML file")
     flag("--preset", PRESETS, "whose image size, visual tokens and context; default: toy", "toy")
-    flag("--image-size", positive, "pixels per side; default: the preset's")
+    flag("--image-size", few, "pixels per side; default: the preset's")
     flag("--tokenizer", str, "default: the toy's", TOY_START)
-    flag("--records", positive, "how many of each source are read; default 200", 200)
-    flag("--show", positive, "how many pictures are drawn; default 16", 16)
+    flag("--records", few, "how many of each source are read; default 200", 200)
+    flag("--show", few, "how many pictures are drawn; default 16", 16)
     flag("--out", str, "picture to write; default: look.png", "look.png")
     return parser.parse_args(argv)
 
@@ -79,7 +79,6 @@ def cell(tokenizer, source, sample):
 
 def main(argv=None):
     args = parse(argv)
-    check_target(args.out)
     config = PRESETS[args.preset]()
     tokenizer = Tokenizer(args.tokenizer)
     side = args.image_size or config.vit.image_size
@@ -97,6 +96,7 @@ def main(argv=None):
         config.llm.context,
         image_mark=config.image_mark,
     )
+    check_target(args.out, *[s.images and s.path("images") for s in data.sources])
     found = [(source, *look(data, source, args.records)) for source in data.sources]
     for _, _, problems in found:
         for problem in problems:

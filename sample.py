@@ -99,6 +99,7 @@ def generate_ids(
     if with_image == {False}:
         model = model.text_model
     x, pad = embed_prompts(model, images, tokens, image_index)  # (B, T, D), (B, 1)
+    max_new_tokens = min(max_new_tokens, model.config.llm.context - min(map(len, tokens)))
     limits = (max_new_tokens, min_new_tokens, eos)
     if beams > 1:
         rows = beam_search(model.llm, x, pad, beams, length_penalty, *limits)
@@ -376,7 +377,7 @@ def model_flags(description):
     flag("--tokenizer", str, "sentencepiece model, where the checkpoint brings none")
     flag("--device", str, "cpu or cuda; default: cuda where there is one")
     flag("--dtype", DTYPES, "of weights and compute; default: bf16 on cuda, fp32 on cpu")
-    flag("--beams", positive, "1 is greedy; default: the task's own")
+    flag("--beams", number(int, 1, 100), "1 is greedy; default: the task's own")
     flag("--max-new-tokens", positive, "longest answer; default: the task's own")
     flag("--min-new-tokens", natural, "shortest answer; default: the task's own")
     return parser
@@ -425,7 +426,7 @@ def refuse_contradictions(args):
         if found:
             raise BadInput(sentence)
     if args.save:
-        check_target(args.save)
+        check_target(args.save, args.image)
 
 
 def decoding(task, asked):

@@ -45,7 +45,7 @@ from formats import load_mixture
 from formats.pictures import peek
 from model import PARTS, TUNE
 from support import start
-from support.commands import Parser, amount, natural, number, positive
+from support.commands import Parser, amount, few, natural, number, positive
 from support.errors import BadInput, complain
 from support.files import read_json
 from support.lock import hold
@@ -335,12 +335,12 @@ def flags():
         "go on with the run in --out, as it learns: its data, rates and steps hold",
     )
     flag("--steps", positive, f"updates; with --resume more than before{by_stage('steps')}")
-    flag("--batch", positive, f"rows per update over all ranks{by_stage('batch')}")
+    flag("--batch", number(int, 1, 2**20), f"rows per update over all ranks{by_stage('batch')}")
     flag("--accum", positive, "micro-batches per rank and update; default: as memory asks for")
     flag("--lr", rates, "peak learning rate: 1e-3, or adapter=1e-3,llm=2e-5; default: see --stages")
     flag("--warmup", share, "share of the steps in which the rate rises; default 0.03")
     flag("--weight-decay", amount, f"AdamW's, of matrices only{by_stage('weight_decay')}")
-    flag("--image-size", positive, "pixels per side; default: see --stages")
+    flag("--image-size", few, "pixels per side; default: see --stages")
     flag("--grid", positive, "P: an image becomes P x P visual tokens; default: the preset's")
     kinds = (*TUNE.values(), "inner")
     flag(

@@ -4,7 +4,7 @@ Training takes every caption once; evaluation every image once, with all its cap
 
 import numpy as np
 
-from formats.json_index import JsonIndex, id_number, match
+from formats.json_index import JsonIndex, id_number
 from formats.records import Record, named, need
 
 
@@ -24,7 +24,7 @@ class CocoCaption:
         if not source.train:
             _, first = np.unique(image_ids, return_index=True)
         self.bounds = np.append(first, len(image_ids))
-        self.owner = match(image_ids[first], self.pictures.tags["id"])
+        self.owner = self.pictures.find(image_ids[first], "id")
         self.lengths = self.captions.lengths[self.order[first]]
 
     def read(self, number):

@@ -76,8 +76,7 @@ class JsonIndex:
     becomes. Of the fields in `tags` numbers are kept, of all records: tags["image_id"] where image_id=id_number."""
 
     def __init__(self, path, key=None, keyed=None, **tags):
-        self.path = path
-        self.keyed = keyed
+        self.path, self.key, self.keyed = path, key, keyed
         rows = indexed(
             path, f"json {key} {keyed} {list(tags)}", lambda path: scan(path, key, keyed, tags)
         )
@@ -85,8 +84,23 @@ class JsonIndex:
         self.tags = dict(zip(tags, columns))
         self.lengths = stops - self.starts
 
+    def find(self, ids, field):
+        """For each id the record that has it in a field of `tags`, -1 where none has. No two may share one."""
+        own = self.tags[field]
+        order = np.argsort(own, kind="stable")
+        again = np.flatnonzero(np.diff(own[order]) == 0)
+        if len(again):
+            number = order[again[0] + 1]
+            raise BadInput(
+                f"{self.path}: record {number} of '{self.key}' has the {field} of another; remove one"
+            )
+        if not len(own):
+            return np.full(len(ids), -1)
+        at = order[np.searchsorted(own, ids, sorter=order).clip(max=len(own) - 1)]
+        return np.where(own[at] == ids, at, -1)
+
     def read(self, number, where):
-        if number < 0:  # see match
+        if number < 0:  # see find
             raise BadInput(f"{where}: {self.path} has no record of its id; mend or remove it")
         raw = read_record(self.path, self.starts[number], self.lengths[number], where)
         if not self.keyed:
@@ -137,12 +151,3 @@ def parse_record(raw, where):
 def count(items):
     """How many samples a record with a list makes; an empty one makes one, which is then complained about."""
     return max(1, len(items)) if isinstance(items, list) else 1
-
-
-def match(keys, among):
-    """For each key its position in `among`, -1 where it is not there."""
-    if not len(among):
-        return np.full(len(keys), -1)
-    order = np.argsort(among, kind="stable")
-    at = order[np.searchsorted(among, keys, sorter=order).clip(max=len(among) - 1)]
-    return np.where(among[at] == keys, at, -1)

@@ -10,7 +10,7 @@ import pickle
 import numpy as np
 
 from formats.files import indexed
-from formats.json_index import JsonIndex, id_number, match
+from formats.json_index import JsonIndex, id_number
 from formats.records import Record, corners, named, need, need_list
 from support.errors import BadInput
 from support.files import whole
@@ -68,8 +68,8 @@ class Refer:
         self.lines = [lines[n] for n in taken]
         box_ids = [id_number(refs[n]["ann_id"]) for n in taken]
         picture_ids = [id_number(refs[n]["image_id"]) for n in taken]
-        self.box_of = match(box_ids, self.boxes.tags["id"])
-        self.picture_of = match(picture_ids, self.pictures.tags["id"])
+        self.box_of = self.boxes.find(box_ids, "id")
+        self.picture_of = self.pictures.find(picture_ids, "id")
         self.lengths = np.full(len(taken), 64)
 
     def read(self, number):

@@ -2,7 +2,7 @@
 
 import re
 
-from formats.json_index import JsonIndex, id_number, match
+from formats.json_index import JsonIndex, id_number
 from formats.records import Record, clean, named, need, need_list
 from support.errors import BadInput
 from support.files import whole
@@ -33,9 +33,7 @@ class Vqa:
             if source.annotations:
                 path = source.path("annotations")
                 self.answers = JsonIndex(path, "annotations", question_id=id_number)
-                self.answer_of = match(
-                    self.records.tags["question_id"], self.answers.tags["question_id"]
-                )
+                self.answer_of = self.answers.find(self.records.tags["question_id"], "question_id")
         else:
             self.records = JsonIndex(source.path("annotations"))
         self.lengths = self.records.lengths

@@ -48,6 +48,7 @@ def number(kind, low, high=math.inf):
 
 MOST = 2**31 - 1  # of what is counted, here and in the libraries below
 positive = number(int, 1, MOST)
+few = number(int, 1, 4096)
 natural = number(int, 0, MOST)
 amount = number(float, 0)
 

@@ -67,9 +67,14 @@ def sheet(cells, path):
     page.save(path)
 
 
-def check_target(path):
-    """Whether a picture can be written there, before any work is done for it."""
+def check_target(path, *inputs):
+    """Whether a picture can be written there, before any work is done for it.
+
+    What is read is never written over: a picture that is there already, and is one of the inputs or in such a folder."""
     path = Path(path)
     known = path.suffix.lower() in Image.registered_extensions()
     if not known or not path.parent.is_dir():
         raise BadInput(f"{path}: cannot be written; name a .png in a folder that exists")
+    for place in filter(None, inputs):
+        if path.exists() and path.resolve().is_relative_to(Path(place).resolve()):
+            raise BadInput(f"{path}: belongs to what is read and is not written over; name another")

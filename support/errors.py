@@ -37,7 +37,10 @@ def sentence(e):
         return None
     why = re.sub(r"^\[\S+\] |\. This is typically.*", "", text)[:120]
     if not dist.is_initialized():
-        return f"the ranks did not find one another ({why}); start all of them"
+        return (
+            f"the ranks did not find one another ({why}); start all of them, under torchrun with "
+            "--max-restarts as docs/RELIABILITY.md says"
+        )
     gone = ", ".join(map(str, silent_ranks())) or "one that is back by now"
     return (
         f"no answer from rank {gone} ({why}): killed, stopped, or ended with a sentence of its own; "

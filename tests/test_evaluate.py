@@ -384,6 +384,25 @@ def test_a_bad_picture_ends_only_itself_is_counted_and_named_and_asked_once_it_i
     assert not Path("o/unreadable.txt").exists()
 
 
+def test_answers_to_questions_that_have_changed_are_not_taken_for_those_of_today(
+    data, tmp_path, capsys, monkeypatch
+):
+    shutil.copytree(data, tmp_path / "own", symlinks=True)
+    monkeypatch.chdir(tmp_path / "own")
+    file = Path("refs.json")
+    before = file.read_text()
+    line = "--data refs.toml --max-new-tokens 2 --out o"
+    ask(line)
+    predictions = Path("o/predictions.jsonl").read_bytes()
+    for old, new in (("very very red one", "very very tan one"), ("5, 3, 25, 27", "5, 3, 25, 28")):
+        file.write_text(before[::-1].replace(old[::-1], new[::-1], 1)[::-1])  # in the last record
+        assert run(lambda: ask(line)) == 2
+        assert "o: holds answers to what one asked before it" in capsys.readouterr().err
+    file.write_text(before)
+    ask(line)
+    assert Path("o/predictions.jsonl").read_bytes() == predictions
+
+
 def test_without_a_terminal_its_progress_is_said_with_the_time_gone_and_to_go(
     inside, tmp_path, capsys
 ):
@@ -415,6 +434,10 @@ def test_the_help_names_the_beams_and_token_limits_of_every_task(capsys):
     [
         ("--limit 0", "--limit"),
         ("--batch 0", "--batch"),
+        ("--batch 5000", "--batch"),
+        ("--data refs.toml --sheet images/0.png", "images/0.png: belongs to what is read"),
+        ("--pope pope.json --images images --sheet images/0.png", "belongs to what is read"),
+        ("--data refs.toml --sheet s.nonsense", "s.nonsense"),
         ("--data nowhere.toml", "nowhere.toml"),
         ("--data all.toml --mme x", "not allowed with argument --data"),
         ("--data all.toml --ckpt images", "images"),

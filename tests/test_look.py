@@ -3,11 +3,13 @@
 import re
 
 import numpy as np
+import pytest
 from PIL import Image
 from small import mixture, picture, source, write
 
 import look
 from support.drawing import TRUE
+from support.errors import BadInput
 
 BOTH = {
     "question": "what?",
@@ -37,6 +39,16 @@ def test_a_look_names_what_is_wrong_counts_it_and_draws_every_source(tmp_path, c
     assert wide.shape[1] > 2.8 * plain.shape[1]  # three cells and one
     boxes = lambda page: (np.abs(page - TRUE).sum(2) < 30).sum()  # and a bar under each picture
     assert boxes(wide) > 3 * boxes(plain) + 1000
+
+
+def test_a_picture_of_the_data_is_never_written_over(tmp_path):
+    write(tmp_path / "im/a.png", picture())
+    write(tmp_path / "a.json", [BOTH | {"image": "a.png"}])
+    path = str(mixture(tmp_path, source("vqa")))
+    with pytest.raises(BadInput, match="a.png: belongs to what is read"):
+        look.main([path, "--out", str(tmp_path / "im/a.png")])
+    look.main([path, "--out", str(tmp_path / "im/new.png")])
+    assert (tmp_path / "im/a.png").read_bytes() == picture()
 
 
 def test_the_cell_of_a_chat_shows_what_is_answered_to_its_first_question(tmp_path):

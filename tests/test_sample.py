@@ -376,6 +376,13 @@ def test_a_single_answer_is_the_first_of_a_chat(command):
     assert command(flags, "hello\n") == (0, said + "\n", "")
 
 
+@pytest.mark.parametrize("task", ["vqa --beams 2", "chat"])
+def test_the_longest_answer_that_is_asked_for_is_that_of_the_context(command, task):
+    flags = f"{WIDE} --task {task} --prompt hello --min-new-tokens 300 --max-new-tokens"
+    code, said, _ = command(f"{flags} 20000000")
+    assert code == 0 and said == command(f"{flags} 300")[1]
+
+
 def test_sampling_is_repeatable_by_seed(command):
     flags = WIDE + "--task vqa --prompt hello --temperature 9 --top-k 200 --top-p 0.9"
     said = [command(f"{flags} --seed {seed}")[1] for seed in (1, 1, 2)]
@@ -399,6 +406,7 @@ def test_sampling_is_repeatable_by_seed(command):
         ("--json", "--json"),
         ("--beams 3", "--beams"),
         ("--prompt x --beams 0", "--beams"),
+        ("--prompt x --beams 3000", "--beams"),
         ("--prompt x --beams 3 --temperature 1", "choose one"),
         ("--prompt x --temperature -1", "--temperature"),
         ("--prompt x --top-p 0.5", "--temperature"),
@@ -407,6 +415,8 @@ def test_sampling_is_repeatable_by_seed(command):
         ("--prompt x --max-new-tokens 0", "--max-new-tokens"),
         ("--prompt x --save no/such/x.png", "x.png"),
         ("--prompt x --save x.nonsense", "x.nonsense"),
+        ("--prompt x --save photos/../photos/wide.png", "wide.png: belongs to what is read"),
+        ("--image photos --task caption --save photos/tall.png", "belongs to what is read"),
         ("--image '' --save x.png", "--save"),
         ("--ckpt photos", "photos"),
         ("--ckpt broken.png", "broken.png"),

@@ -51,6 +51,7 @@ SORTED = [{"image_id": 2, "id": 70, "caption": "a cross"}, {"image_id": 1, "id":
         (IMAGES, [7], r"a\.json: is not the JSON"),
         (IMAGES, [{"image_id": 1}], r"a\.json: annotation 0: 'caption' is missing"),
         ([*IMAGES, {"id": 2, "file_name": "a.png"}], SORTED, r"annotation 1 \(id 71\): 'caption'"),
+        (IMAGES * 2, SAID, r"a\.json: record 1 of 'images' has the id of another; remove one"),
         ([{"id": 1}], SAID, r"a\.json: annotation 0: 'file_name' is missing"),
     ],
 )

@@ -106,6 +106,11 @@ NOTHING = '{"annotations": []}'
             r"record 0 \(question_id 1\), its answers: .*a\.json has no record of its id",
         ),
         (
+            SAID.replace("]}]", ']}, {"question_id": 1}]'),
+            "a.png",
+            r"record 1 of 'annotations' has the question_id of another; remove one",
+        ),
+        (
             SAID,
             "{:06d}{}.png",
             "`image_name` is .* it may hold one",

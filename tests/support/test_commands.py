@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from support.commands import Parser, amount, natural, number, positive, run
+from support.commands import Parser, amount, few, natural, number, positive, run
 from support.errors import BadInput
 
 
@@ -13,6 +13,7 @@ from support.errors import BadInput
     "kind, good, wrong",
     [
         (positive, "1 17", "0 -1 1.5 x"),
+        (few, "1 4096", "0 4097"),
         (natural, "0 3", "-1 nan 99999999999999999999"),
         (amount, "0 2.5", "-0.1 nan inf x"),
         (number(float, 0.5, 1), "0.5 1", "0.4 1.1 nan"),
