@@ -565,7 +565,7 @@ def parse(argv=None):
     flag("--images", str, "folder of POPE's pictures")
     flag("--task", TASKS, "only the sources of this task; with --pope and --mme vqa or chat")
     flag("--limit", positive, "a random sample of so many records of each source, always the same")
-    flag("--batch", positive, "samples a rank decodes together; default 8", 8)
+    flag("--batch", few, "samples a rank decodes together; default 8", 8)
     flag(
         "--protocol",
         PROTOCOLS,

@@ -45,7 +45,7 @@ from formats import load_mixture
 from formats.pictures import peek
 from model import PARTS, TUNE
 from support import start
-from support.commands import Parser, amount, few, natural, number, positive
+from support.commands import Parser, amount, few, natural, number, positive, spell_out
 from support.errors import BadInput, complain
 from support.files import read_json
 from support.lock import hold
@@ -1088,6 +1088,7 @@ def command(argv):
 
 
 def main(argv=None):
+    spell_out()
     try:
         with on_signals(stop_at_once):
             command(argv)

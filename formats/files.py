@@ -55,7 +55,8 @@ def indexed(path, kind, build):
         INDEXED[path] = state(os.stat(regular(path)))
     opened.cache_clear()
     key = f"4 {kind} {os.path.realpath(path)} {INDEXED[path]}"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "nanoinfmllm"
+    home = os.environ.get("HOME", "")  # a container's user may have none
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or f"{home}/.cache") / "nanoinfmllm"
     cached = folder / (hashlib.sha1(key.encode(errors="replace")).hexdigest() + ".npz")
     try:
         with np.load(cached, allow_pickle=False) as stored:

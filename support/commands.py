@@ -53,11 +53,16 @@ natural = number(int, 0, MOST)
 amount = number(float, 0)
 
 
+def spell_out():
+    """A terminal may lack the letters of an answer or of a name."""
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def run(main):
     """main() as a command: what a user brought wrong is one sentence and exit code 2."""
-    for stream in (sys.stdout, sys.stderr):
-        if hasattr(stream, "reconfigure"):  # a terminal may lack the letters of an answer
-            stream.reconfigure(errors="backslashreplace")
+    spell_out()
     try:
         if sys.stdout is None:
             raise BadInput("the standard output is closed, so there is nowhere to answer; open it")

@@ -184,7 +184,11 @@ def plot(folder):
     axes.plot(*zip(*curve), label="training", linewidth=1)
     for name, points in held.items():
         axes.plot(*zip(*points), "o-", label=f"held out, {name}", markersize=3)
-    axes.set(xlabel="step", ylabel="loss per supervised token", title=str(folder))
+    axes.set(
+        xlabel="step",
+        ylabel="loss per supervised token",
+        title=str(folder).encode(errors="replace").decode(),
+    )
     axes.legend()
     figure.savefig(folder / "loss.png", dpi=120, bbox_inches="tight")
     print(f"drew {folder / 'loss.png'}")

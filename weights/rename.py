@@ -83,8 +83,10 @@ def beyond(n):
 
 def fill(model, path, table, dtype):
     """Give a model on the meta device its weights, a tensor at a time: never more than one beyond what stays."""
-    files = map(TensorFile, weight_files(path))
+    files = [TensorFile(file) for file in weight_files(path)]
     file_of = {key: file for file in files for key in file.like}
+    if len(file_of) < sum(len(file.like) for file in files):
+        raise BadInput(f"{path}: two of its files hold one tensor; keep those that belong together")
     theirs = {key: file.like[key] for key, file in file_of.items()}
     ours = dict(model.named_parameters())
     matched = match(theirs, table)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -29,6 +30,20 @@ def test_an_index_is_kept_between_starts_and_made_anew_when_its_file_changes(tmp
     for kept in (tmp_path / "cache").rglob("*.npz"):
         kept.write_bytes(kept.read_bytes()[:-40])
     assert number() == number() == 5
+
+
+def test_a_user_without_a_home_indexes_anew(tmp_path, monkeypatch, capsys):
+    path = write(tmp_path / "a.json", "[1]")
+
+    def refuse(*args, **how):
+        raise PermissionError
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME", raising=False)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    monkeypatch.setattr(Path, "home", refuse)
+    assert indexed(str(path), "k", lambda path: np.array(7)) == 7
+    assert "/.cache/nanoinfmllm cannot be written" in capsys.readouterr().out
 
 
 def test_bytes_are_those_of_the_file_that_was_indexed_or_refused(tmp_path):

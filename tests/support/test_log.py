@@ -1,5 +1,6 @@
 """What is kept of a run's records, the curve that is drawn of them, and the table that ends a stage."""
 
+import io
 import json
 import sys
 
@@ -32,6 +33,17 @@ def test_the_curve_is_drawn_and_without_matplotlib_it_says_what_is_missing(
     assert "pip install matplotlib" in capsys.readouterr().out
     assert train.main(["--plot", str(tmp_path / "nowhere")]) == 2
     assert "name the folder of a run" in capsys.readouterr().err
+
+
+def test_letters_that_the_terminal_or_utf_8_lack_are_spelt_out(tmp_path, monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), "ascii")
+    monkeypatch.setattr(sys, "stdout", screen)
+    folder = tmp_path / "\xfc\udcff"  # the last is a byte that is no text
+    folder.mkdir()
+    (folder / "log.jsonl").write_text('{"step": 1, "loss": 6.0}\n')
+    assert train.main(["--plot", str(folder)]) == 0
+    screen.flush()
+    assert rb"\xfc\udcff/loss.png" in screen.buffer.getvalue()
 
 
 def test_the_curve_has_a_line_for_each_source(tmp_path, monkeypatch):

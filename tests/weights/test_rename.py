@@ -4,8 +4,10 @@ import layouts
 import pytest
 import tiny
 import torch
+from safetensors.torch import save_file
 
 import weights.infmllm
+import weights.rename
 from support.errors import BadInput
 
 
@@ -29,6 +31,13 @@ def test_tensors_that_do_not_fit_are_named(key, value, says, tmp_path):
     torch.save(state, tmp_path / "x.pth")
     with pytest.raises(BadInput, match=says):
         weights.infmllm.load_infmllm(tmp_path / "x.pth", ours.config)
+
+
+def test_shards_of_two_savings_in_one_folder_are_not_mixed(tmp_path):
+    for n in (2, 3):
+        save_file(tiny.network().state_dict(), tmp_path / f"model-00001-of-0000{n}.safetensors")
+    with pytest.raises(BadInput, match="two of its files hold one tensor"):
+        weights.rename.fill(tiny.network(), tmp_path, {}, None)
 
 
 def test_of_very_many_wrong_tensors_ten_are_listed(tmp_path):
