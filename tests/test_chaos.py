@@ -1,6 +1,6 @@
 """The long fault campaign, `python -m pytest -m chaos`: what test_resume.py, test_faults.py and test_fuzz.py do a few
-times, done as often as LOG.md says; FILES=100 reads fewer mutated ones. Most print what they tried and what came of
-it; -s shows it.
+times, done often; FILES=20000 reads more mutated ones, RESTARTS=10 has torchrun start more runs again. Most print what
+they tried and what came of it; -s shows it.
 """
 
 import os
@@ -12,9 +12,13 @@ import sys
 import pytest
 import tiny
 from faults import (
+    beside,
+    children,
     filled,
+    flags,
     interrupted,
     killed,
+    logged,
     lose_ranks,
     mashed,
     one_sentence,
@@ -23,11 +27,100 @@ from faults import (
     stopped,
     straight,
     try_damaged,
+    wait_for,
 )
 from fuzz import READERS, fuzz
 
+import support.start
+
 pytestmark = pytest.mark.chaos
-FILES = int(os.environ.get("FILES", 20_000))
+FILES = int(os.environ.get("FILES", 3_000))
+RESTARTS = int(os.environ.get("RESTARTS", 4))
+ROWS = {  # what once fell to attacks, and the quick tests that were written then
+    "two runs in one folder": ["support/test_lock.py"],
+    "pictures of any shape": [
+        "formats/test_pictures.py::test_a_long_screenshot_is_padded_to_its_square_within_300_megabytes",
+        "formats/test_pictures.py::test_what_is_no_picture_is_refused_by_record_and_file",
+    ],
+    "compressed weights, strange tensors, long headers": [
+        "weights/test_configs.py",
+        "weights/test_files.py",
+        "weights/test_rename.py",
+    ],
+    "commands to a terminal": [
+        "test_sample.py::test_commands_to_a_terminal_are_shown_as_unknown_characters",
+        "test_evaluate.py::test_commands_to_a_terminal_in_an_answer_do_not_reach_the_files",
+    ],
+    "two that draw one world": [
+        "test_toy.py::test_of_two_that_draw_one_world_at_once_the_first_is_kept_and_both_end_well"
+    ],
+    "a checkpoint that is pruned": ["support/test_start.py"],
+    "pipes and devices": [
+        "formats/test_json_index.py",
+        "formats/test_mixture.py",
+        "formats/test_pictures.py::test_a_folder_and_a_pipe_are_refused_and_not_waited_for",
+    ],
+    "a closed output": [
+        "test_faults.py::test_a_closed_pipe_and_closed_files_end_in_peace_or_in_a_sentence",
+        "test_faults.py::test_an_output_that_takes_no_more_is_a_sentence",
+    ],
+    "changed questions, pictures written over, flags without bounds": [
+        "support/test_commands.py",
+        "test_evaluate.py",
+        "test_look.py",
+    ],
+}
+
+
+def spin():
+    while True:
+        pass
+
+
+@pytest.mark.parametrize("row", ROWS)
+def test_what_once_fell_holds_on_busy_cores(row):
+    tests = [str(tiny.ROOT / "tests" / name) for name in ROWS[row]]
+    command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", *tests]
+    with beside(spin), beside(spin):
+        done = subprocess.run(command, cwd=tiny.ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_a_model_is_loaded_two_hundred_times_while_its_run_saves_and_prunes(world, here):
+    out = here / "o"
+    settings = "--steps", 100_000, "--save-every", 1, "--keep", 1, "--out", out
+    (process,) = tiny.start(here, *flags(world, 1, *settings))
+    wait_for(lambda: list(out.glob("step-*[0-9]")))
+    before = logged(out)
+    for _ in range(200):
+        support.start.load_model(out, device="cpu")
+    saved = logged(out) - before
+    process.kill()
+    process.join()
+    print(f"200 times loaded while {saved} checkpoints were written and as many pruned")
+    assert saved > 20
+
+
+def test_torchrun_starts_lost_ranks_again_and_the_run_goes_on_by_itself(world, here):
+    rng = random.Random(20)
+    command = "-m torch.distributed.run --standalone --nproc-per-node 2 --max-restarts 2".split()
+    settings = "--steps", 200, "--save-every", 1, "--timeout", 20, "--resume"
+    environment = os.environ | {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1", "OMP_NUM_THREADS": "1"}
+    with beside(spin), beside(spin), open(here / "said.txt", "w") as said:
+        for n in range(RESTARTS):
+            out = here / f"o{n}"
+            argv = tiny.ROOT / "train.py", *flags(world, 3, *settings, "--out", out)
+            process = subprocess.Popen(
+                [sys.executable, *command, *argv], env=environment, stdout=said, stderr=said
+            )
+            for goal in (10, 60):
+                wait_for(lambda: logged(out) >= goal, 300)  # noqa: B023
+                os.kill(rng.choice(children(process.pid)), signal.SIGKILL)
+            assert process.wait(300) == 0, tiny.said(here)[-3000:]
+            assert len(tiny.losses(out)) == 200
+    print(
+        f"{RESTARTS} runs of two ranks, of which one was killed, twice: all went on by themselves"
+    )
 
 
 @pytest.mark.parametrize("stage, kills", [(1, 34), (2, 33), (3, 33)])
@@ -110,7 +203,7 @@ def test_pipes_and_closed_files_of_a_real_shell(made, line, code, says):
 
 
 @pytest.mark.parametrize("kind", READERS)
-def test_twenty_thousand_mutated_files_of_each_kind(tmp_path, kind):
+def test_thousands_of_mutated_files_of_each_kind(tmp_path, kind):
     outcomes = fuzz(kind, tmp_path, FILES, seed=2)
     faults = [f"{n}: {said}" for n, said in enumerate(outcomes) if said.startswith("fault")]
     print(f"{kind}: {outcomes.count('read')} of {FILES} read, {len(faults)} faults")

@@ -1,6 +1,6 @@
 """Files from strangers: whatever is in them is read or refused in a sentence, in bounded memory and time; none runs.
 
-A hundred mutated files of each kind here, 20,000 with `python -m pytest -m chaos`.
+A hundred mutated files of each kind here, thousands with `python -m pytest -m chaos`.
 """
 
 import io

@@ -1,5 +1,7 @@
 """A stranger's config.json is refused in a sentence before anything is built after it."""
 
+import os
+
 import pytest
 import tiny
 
@@ -51,6 +53,12 @@ def test_a_config_of_many_megabytes_is_refused_by_its_size(tmp_path, monkeypatch
     (tmp_path / "config.json").write_text('{"model_type": "' + "x" * SMALL + '"}')
     monkeypatch.setattr(weights.llama, "llama_config", None)
     with pytest.raises(BadInput, match=f"config.json: has more than {SMALL} bytes"):
+        weights.llama.load_llama(tmp_path)
+
+
+def test_a_config_that_is_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "config.json")
+    with pytest.raises(BadInput, match="config.json: is no regular file"):
         weights.llama.load_llama(tmp_path)
 
 
