@@ -975,6 +975,7 @@ def final_scores(run):
     """What evaluate.py says of the finished model, with its contact sheet, and a column for each stage."""
     out = run.s.out
     shutil.rmtree(out / "evaluation", ignore_errors=True)
+    (out / "sheet.png").unlink(missing_ok=True)
     try:
         run.model.eval()
         with run.autocast():

@@ -77,4 +77,7 @@ def check_target(path, *inputs):
         raise BadInput(f"{path}: cannot be written; name a .png in a folder that exists")
     for place in filter(None, inputs):
         if path.exists() and path.resolve().is_relative_to(Path(place).resolve()):
-            raise BadInput(f"{path}: belongs to what is read and is not written over; name another")
+            raise BadInput(
+                f"{path}: belongs to what is read and is not written over; "
+                "remove it, or name another"
+            )
