@@ -33,7 +33,7 @@ from support.errors import BadInput
 from support.processes import LOADERS, follow_the_trainer, held_back
 from text import encode_turns, truncate
 from text.boxes import format_box
-from text.templates import MARK, SYSTEM, TASKS, chat_turn, plain_caption, prompt
+from text.templates import MARK, TASKS, TEMPLATES, chat_turn, plain_caption, prompt
 
 BUCKET = 16  # T and the supervised count are rounded up to this: few shapes, 1% waste
 WINDOW = 128  # steps whose rows are sorted by length together; 1 keeps every batch mixed
@@ -54,12 +54,14 @@ def most_common(answers):
     return Counter(answers).most_common(1)[0][0] if answers else ""
 
 
-def to_turns(record, task, answer, image_mark, views):
+def to_turns(record, task, answer, image_mark, template, views):
     """A record as (prompt, answer) turns; its box as it lies in the region that its picture's view shows."""
     if task == "chat":
-        turns = [(chat_turn(q.replace("<image>", image_mark)), a) for q, a in record.turns]
-        question, answer = turns[0]
-        return [(SYSTEM + question, answer)] + turns[1:]
+        clean = TEMPLATES[template].clean
+        return [
+            (chat_turn(q.replace("<image>", image_mark), template, first=n == 0), clean(a))
+            for n, (q, a) in enumerate(record.turns)
+        ]
     if task == "caption":
         return [(prompt(task), plain_caption(answer))]
     if record.box is None:
@@ -293,7 +295,9 @@ class Data:
             elif self.train and source.crop:
                 region = random_region(picture.size, rng)
             views.append((picture, region))
-        turns = to_turns(record, source.task, answer, self.image_mark, views)
+        turns = to_turns(
+            record, source.task, answer, self.image_mark, self.tokenizer.template, views
+        )
         tokens, targets = encode_turns(self.tokenizer, turns, self.visual, self.context)
         cut = truncate(tokens, self.context)
         unanswered = all(target == IGNORE for target in targets[:cut])
@@ -369,7 +373,9 @@ class Data:
         pictures = [peek(ref, record.where) for ref in record.refs]
         views = [(picture, WHOLE) for picture in pictures]
         answer = most_common(record.answers)
-        turns = to_turns(record, source.task, answer, self.image_mark, views)
+        turns = to_turns(
+            record, source.task, answer, self.image_mark, self.tokenizer.template, views
+        )
         return replace(
             record,
             source=source.name,

@@ -57,7 +57,7 @@ from support.ranks import Ranks, setup_ranks
 from support.start import load_model, newest
 from text import encode_turns
 from text.boxes import parse_box, parse_box_released
-from text.templates import MARK, TASKS, prompt
+from text.templates import CONTROL, MARK, TASKS, prompt
 
 TOY = "out/toy/heldout.toml"
 # what LLaVA-1.5 adds to yes-or-no questions
@@ -69,7 +69,9 @@ SHEET = 8  # wrong answers on the contact sheet, and as many right ones
 KEPT = ("question_id", "image_id", "img_name", "sent_id", "key", "label", "subtask", "picture")
 # what stands around a question in its prompt
 FRAME = re.compile(
-    r".*(<ImageHere>|USER:)|ASSISTANT:|Short (answer|caption|phrase):|Question:", re.S
+    rf".*(<ImageHere>|USER:|{CONTROL}\S+user\S*\n)|ASSISTANT:|Short (answer|caption|phrase):|Question:"
+    rf"|{CONTROL}.*",
+    re.S,
 )
 
 
@@ -105,7 +107,7 @@ def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None, p
             if label not in ("yes", "no"):
                 raise BadInput(f"{data}: {text!r} is answered by {label!r}, not yes or no; mend it")
         task = task or "vqa"
-        record = partial(yes_or_no, benchmark, task, rows)
+        record = partial(yes_or_no, benchmark, task, rows, tokenizer.template)
         return [Exam(benchmark, task, benchmark, len(rows), record, images or data)]
     sources = [s for s in load_mixture(data, train=False) if task in (None, s.task)]
     if not sources:
@@ -125,7 +127,7 @@ def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None, p
     return exams
 
 
-def yes_or_no(name, task, rows, number):
+def yes_or_no(name, task, rows, template, number):
     """The record of a (picture, question, label, fields): asked as vqa, or as a chat."""
     path, text, label, fields = rows[number]
     if task == "chat":
@@ -140,7 +142,7 @@ def yes_or_no(name, task, rows, number):
         number=number,
         images=[image],
         size=image.size,
-        turns=[(prompt(task, text), label)],
+        turns=[(prompt(task, text, template=template), label)],
     )
 
 

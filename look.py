@@ -24,7 +24,7 @@ from support.errors import BadInput
 from support.start import TOY_START
 from text import Tokenizer
 from text.boxes import parse_box
-from text.templates import SYSTEM
+from text.templates import TEMPLATES
 
 TEXT = 100  # letters of a prompt or an answer that a cell of the sheet has room for
 
@@ -69,8 +69,9 @@ def cell(tokenizer, source, sample):
     tokens, targets, pictures = sample
     following = zip([*tokens[1:], targets[-1]], targets)  # these two are shifted by one
     lines, boxes = [], []
+    system = TEMPLATES[tokenizer.template].system.strip()
     for asked, part in groupby(following, lambda pair: pair[1] == IGNORE):
-        text = tokenizer.decode([token for token, _ in part]).replace(SYSTEM.strip(), "")
+        text = tokenizer.decode([token for token, _ in part]).replace(system, "")
         lines.append(("" if asked else "-> ") + shorten(text, TEXT))
         if box := parse_box(text):
             boxes.append((box, "", TRUE))

@@ -93,6 +93,7 @@ class Config:
     adapter: str = "pool"  # a name in adapter.ADAPTERS
     ln_vision: bool = True  # LayerNorm in front of the pooling; LLaVA has none
     image_mark: str = "<image><ImageHere>"  # what a conversation's `<image>` becomes
+    template: str = "vicuna"  # the turns that it is asked in: a name in text.templates.TEMPLATES
 
     def __post_init__(self):
         if isinstance(self.vit, dict):

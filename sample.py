@@ -5,6 +5,7 @@
     python sample.py --image photos/ --task caption --save sheet.png             # a folder: one line a picture
     python sample.py --image scene.png --task vqa --prompt "what colour is the circle?" --json
     python sample.py --ckpt llava-1.5-7b-hf/ --image cat.jpg --prompt "What is the cat doing?"
+    python sample.py --ckpt IAA/ --branch grounding --image cat.jpg --task ground --prompt "the left cat"
     python sample.py --ckpt InfMLLM_7B.bin --tokenizer vicuna-7b-v1.5/ --image cat.jpg
     python sample.py --ckpt out/stage1 --branch out/mm --image scene.png         # a branch of inner adaptors (IAA)
 
@@ -44,7 +45,7 @@ from support.processes import on_signals
 from support.start import DTYPES, adapter_kind, load_model, newest
 from text import encode_prompt
 from text.boxes import format_box, parse_box
-from text.templates import MARK, TASKS, chat_turn, prompt
+from text.templates import MARK, TASKS, chat_turn, own_words, prompt
 
 # How each task is decoded: vqa and ground as released, with more room for a box, which takes up to 30 of
 # LLaMA's pieces; of captions nothing was released.
@@ -81,7 +82,7 @@ def generate_ids(
     top_p=1.0,
     seed=0,
 ):
-    """The new ids of every prompt, a list each, up to and without the eos.
+    """The new ids of every prompt, a list each, up to and without the eos, an id or several.
 
     images: (N,3,S,S), or a list of N pictures. tokens: a list of ids for each prompt, with P*P times
     IMAGE where an image stands. image_index: which image stands at each of these places; 0, 1, 2, ...
@@ -100,6 +101,7 @@ def generate_ids(
         model = model.text_model
     x, pad = embed_prompts(model, images, tokens, image_index)  # (B, T, D), (B, 1)
     max_new_tokens = min(max_new_tokens, model.config.llm.context - min(map(len, tokens)))
+    eos = [eos] if isinstance(eos, int) else eos
     limits = (max_new_tokens, min_new_tokens, eos)
     if beams > 1:
         rows = beam_search(model.llm, x, pad, beams, length_penalty, *limits)
@@ -108,7 +110,7 @@ def generate_ids(
         cache = KVCache(x.shape[1] + max_new_tokens)
         steps = decode(model.llm, cache, x, pad, *limits, seeds, temperature, top_k, top_p)
         rows = torch.stack(list(steps), dim=1).tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in rows]
+    return [list(itertools.takewhile(lambda i: i not in eos, row)) for row in rows]
 
 
 def embed_prompts(model, images, tokens, image_index=None):
@@ -166,19 +168,20 @@ def decode(
     if temperature:  # a row draws from a stream of its own, one number for each token
         numbers = [np.random.default_rng(seed).random(max_new_tokens) for seed in seeds]
         numbers = torch.tensor(np.stack(numbers), device=x.device)  # (B, max_new_tokens)
+    ends = torch.tensor(eos, device=x.device)
     done = False
     for n in range(max_new_tokens):
         positions, mask = around_padding(pad, cache.length, x.shape[1])
         hidden = llm(x, positions, mask, cache)  # (B, T, D), then (B, 1, D)
         logits = llm.head(hidden[:, -1]).float()  # (B, V)
         if n < min_new_tokens:
-            logits[:, eos] = -torch.inf
+            logits[:, ends] = -torch.inf
         if temperature:
             token = draw(logits / temperature, numbers[:, n, None], top_k, top_p)
         else:
             token = logits.argmax(-1)
         yield token
-        done = done | (token == eos)
+        done = done | torch.isin(token, ends)
         if done.all():
             break
         x = llm.embed(token[:, None]).to(x.dtype)  # (B, 1, D)
@@ -202,7 +205,7 @@ def beam_search(llm, x, pad, K, length_penalty, max_new_tokens, min_new_tokens, 
     """The best of K beams for each prompt, as transformers finds it with early_stopping=False.
 
     Each step takes the 2K best continuations. Those that end, if they are among the first K, retire;
-    the K best of the others run on (K at most can end, so there are enough). A prompt is decided when
+    the K best of the others run on (K at most can end, so there are enough; with several eos, K more each). A prompt is decided when
     K beams have retired and the worst of them beats, in score per length ** length_penalty, the best
     one that still runs.
 
@@ -221,24 +224,25 @@ def beam_search(llm, x, pad, K, length_penalty, max_new_tokens, min_new_tokens, 
     hidden = llm(x, *around_padding(pad, 0, T), cache)[:, -1:]  # (B, 1, D): one beam so far
     beams = torch.empty(B, 1, 0, dtype=torch.long, device=device)
     scores = torch.zeros(B, 1, device=device)
-    retired = torch.full((B, K, max_new_tokens), eos, device=device)
+    stops = torch.tensor(eos, device=device)
+    retired = torch.full((B, K, max_new_tokens), eos[0], device=device)
     retired_scores = torch.full((B, K), NEVER, device=device)
     undecided = torch.ones_like(rows, dtype=torch.bool)  # (B, 1)
     for n in range(1, max_new_tokens + 1):
         log_p = llm.head(hidden).float().log_softmax(-1)  # (B, K, V)
         if n <= min_new_tokens:
-            log_p[:, :, eos] = -torch.inf
+            log_p[:, :, stops] = -torch.inf
         V = log_p.shape[2]
-        best, places = (log_p + scores[:, :, None]).flatten(1).topk(2 * K)  # (B, 2K)
+        best, places = (log_p + scores[:, :, None]).flatten(1).topk(K + K * len(eos))  # (B, 2K)
         parents = places // V
         tokens = places % V
         longer = torch.cat((beams[rows, parents], tokens[:, :, None]), dim=2)  # (B, 2K, n)
-        ends = (tokens == eos) | (n == max_new_tokens)
+        ends = torch.isin(tokens, stops) | (n == max_new_tokens)
 
         final = torch.where(ends & undecided, best / n**length_penalty, NEVER)
         pool = torch.cat((retired_scores, final[:, :K]), dim=1)  # (B, 2K)
         retired_scores, which = pool.topk(K)
-        filled = F.pad(longer[:, :K], (0, max_new_tokens - n), value=eos)
+        filled = F.pad(longer[:, :K], (0, max_new_tokens - n), value=eos[0])
         retired = torch.cat((retired, filled), dim=1)[rows, which]
 
         scores, which = best.masked_fill(ends, NEVER).topk(K)  # (B, K)
@@ -302,7 +306,7 @@ def generate(model, tokenizer, images, prompts, pad=False, seed=0, **settings):
             model,
             sum([shown[i] for i in rows], []),
             [tokens[i] for i in rows],
-            eos=tokenizer.eos,
+            eos=tokenizer.stops,
             seed=[seed + i for i in rows],
             **settings,
         )
@@ -332,20 +336,23 @@ class Chat:
         model = self.model if self.image else self.model.text_model
         tokenizer, config = self.tokenizer, model.config
         if self.ids:
-            turn = encode_prompt(tokenizer, chat_turn(question), 0, bos=False)
+            turn = chat_turn(question, tokenizer.template)
+            turn = encode_prompt(tokenizer, turn, 0, bos=False)
             ids = [*self.ids, tokenizer.eos, *turn]
         else:
             mark = config.image_mark if self.image else ""
-            ids = encode_prompt(tokenizer, prompt("chat", question, mark), config.visual_tokens)
+            turn = prompt("chat", question, mark, tokenizer.template)
+            ids = encode_prompt(tokenizer, turn, config.visual_tokens)
         check_length(ids, config, "the conversation")
         self.ids = ids
         unread = ids[self.cache.length :]
         pictures = [square(self.image, config.vit.image_size, pad=True)] if IMAGE in unread else []
         x, _ = embed_prompts(model, pictures, [unread])  # (1, T, D)
-        limits = (min(max_new_tokens, config.llm.context - len(ids)), min_new_tokens, tokenizer.eos)
+        room = config.llm.context - len(ids)
+        limits = (min(max_new_tokens, room), min_new_tokens, tokenizer.stops)
         said, shown = [], ""
         for token in decode(model.llm, self.cache, x, None, *limits, [seed + len(ids)], **sampling):
-            if token == tokenizer.eos:
+            if token.item() in tokenizer.stops:
                 break
             said.append(token.item())
             self.ids.append(said[-1])
@@ -371,10 +378,18 @@ def model_flags(description):
     """A parser with the flags that sample.py and evaluate.py have in common."""
     parser = Parser(description)
     flag = parser.flag
-    flag("--ckpt", str, "our folder, a LLaVA-1.5 folder or InfMLLM's file; default: newest of out/")
-    flag("--branch", str, "what sees pictures: a branch's folder or its name; none: the base")
+    flag(
+        "--ckpt",
+        str,
+        "our folder, LLaVA-1.5's or IAA's, or InfMLLM's file; default: newest of out/",
+    )
+    flag(
+        "--branch",
+        str,
+        "what sees pictures: a branch's folder or its name (IAA: mm, grounding); none: the base",
+    )
     flag("--adapter", adapter_kind, "FILE.py:CLASS, where the model has an adapter of your own")
-    flag("--tokenizer", str, "sentencepiece model, where the checkpoint brings none")
+    flag("--tokenizer", str, "a tokenizer's file or folder, where the checkpoint brings none")
     flag("--device", str, "cpu or cuda; default: cuda where there is one")
     flag("--dtype", DTYPES, "of weights and compute; default: bf16 on cuda, fp32 on cpu")
     flag("--beams", number(int, 1, 100), "1 is greedy; default: the task's own")
@@ -438,7 +453,7 @@ def decoding(task, asked):
 
 
 def question(args):
-    """The prompt that --task and --prompt make."""
+    """What the task asks about: --prompt, as a box where it is one."""
     task = args.task
     text = clean(args.prompt or "", "--prompt").strip()
     if task == "caption" and text:
@@ -453,7 +468,7 @@ def question(args):
                 "give its fractions as x1,y1,x2,y2"
             )
         text = format_box(box)
-    return prompt(task, text, MARK if args.image else "")
+    return text
 
 
 def answer_all(args):
@@ -466,11 +481,13 @@ def answer_all(args):
         raise BadInput(
             f"{args.image}: holds no picture ({', '.join(ENDINGS)}); name another folder"
         )
-    asked = question(args)
+    text = question(args)
     model, tokenizer = load(args)
-    asked = asked.replace(MARK, model.config.image_mark)
-    settings = decoding(args.task, vars(args))
-    pad = TASKS[args.task].pad
+    mark = model.config.image_mark if args.image else ""
+    task, text = own_words(args.task, text, tokenizer.template)
+    asked = prompt(task, text, mark, tokenizer.template).replace(MARK, mark)
+    settings = decoding(task, vars(args))
+    pad = TASKS[task].pad
     cells = []
     bad = 0
     for start in range(0, len(paths), ROWS):

@@ -55,7 +55,7 @@ from support.plan import GIB, arithmetic, counted, describe, gpu_memory
 from support.processes import end_loaders, on_signals, stop_at_once
 from support.ranks import Ranks, setup_ranks
 from text.boxes import parse_box
-from text.templates import TASKS
+from text.templates import TASKS, TEMPLATES
 
 # ---------------------------------------------------------------------------------------------------
 # The stages. [published] stands in the paper or the released code, [LLaVA-1.5] in theirs; the rest is our choice.
@@ -157,6 +157,7 @@ class Settings(Stage):
     vit: str | None = None
     llm: str | None = None
     tokenizer: str | None = None
+    template: str | None = None
     adapter: str | None = None
     accum: int = 0  # micro-batches per rank and update; 0: as many as `rows` asks for
     branch: str | None = None
@@ -179,7 +180,7 @@ class Settings(Stage):
 # the settings that a checkpoint stores: a resumed run keeps them, and refuses other values
 LASTING = tuple(
     "preset data steps batch lr warmup weight_decay image_size grid "
-    "adapter seed dtype tune branch inner_layers".split()
+    "adapter template seed dtype tune branch inner_layers".split()
 )
 
 
@@ -327,7 +328,12 @@ def flags():
         str,
         "take the LLM from here: a folder of LLaMA, Vicuna, SmolLM2, Mistral, Qwen2 or Qwen3",
     )
-    flag("--tokenizer", str, "sentencepiece model; default: the one beside --llm or --init")
+    flag("--tokenizer", str, "its file or folder; default: the one beside --llm or --init")
+    flag(
+        "--template",
+        TEMPLATES,
+        "turns of a chat; default: as --init has, or --llm's tokenizer tells",
+    )
     flag("--out", str, "folder of the run; default: out/stageN (--stage all: that of the three)")
     flag(
         "--resume",
@@ -486,7 +492,7 @@ def train(args, stage, ranks):
 
     # ---- model ---------------------------------------------------------------------------------
     model, origins = start.build(s, say=first)
-    tokenizer = start.find_tokenizer(s, model.config.llm)
+    tokenizer = start.find_tokenizer(s, model.config)
     model.freeze(stage, s.tune)
 
     # ---- data ----------------------------------------------------------------------------------
@@ -497,9 +503,8 @@ def train(args, stage, ranks):
         describe(model, s, ranks.world, origins, gpu_memory(device))
         held = counted(held_out.counts) if held_out else "none (--eval-data names one)"
         say_foreign(data)
-        print(
-            f"pooling by {pool_path(device.type)}; samples: {counted(data.counts)}; held out: {held}"
-        )
+        print(f"turns: {tokenizer.template}; pooling by {pool_path(device.type)}")
+        print(f"samples: {counted(data.counts)}; held out: {held}")
 
     # ---- onto the device, optimizer --------------------------------------------------------------
     run = Run(s, ranks, model, tokenizer, data, held_out)

@@ -213,17 +213,22 @@ def branch_base(s, model, tokenizer, origins, say=True):
     return path
 
 
-def find_tokenizer(s, llm):
-    """The one named, or the one beside the weights of the LLM."""
-    named = s.tokenizer or s.llm or s.start
-    return open_tokenizer(s.start if s.resumed else named, llm, s.llm or s.start)
+def find_tokenizer(s, config):
+    """The one named, or the one beside the weights of the LLM; `config` is told its turns.
+
+    Those are --template, or, where a tokenizer is new to the model, what its control tokens tell."""
+    place = s.tokenizer or s.llm or s.start
+    if s.resumed:
+        place = s.start
+    stored = config.template if place == s.start else None
+    tokenizer = open_tokenizer(place, config.llm, s.llm or s.start, s.template or stored)
+    config.template = tokenizer.template
+    return tokenizer
 
 
-def open_tokenizer(place, llm, weights_in):
+def open_tokenizer(place, llm, weights_in, template=None):
     """The tokenizer that lies there, held against what the LLM's own config.json says of it."""
-    if Path(place).is_dir() and not Path(place, "tokenizer.model").is_file():
-        raise BadInput(f"{place}: has no tokenizer.model; name LLaMA's with --tokenizer")
-    tokenizer = Tokenizer(place)
+    tokenizer = Tokenizer(place, template)
     if tokenizer.size > llm.vocab:
         raise BadInput(
             f"{tokenizer.path}: has {tokenizer.size} pieces, more than the {llm.vocab} of the LLM's "
@@ -238,11 +243,11 @@ def open_tokenizer(place, llm, weights_in):
     config = Path(weights_in, "config.json")
     theirs = read_json(config) if config.is_file() else {}
     theirs = theirs.get("text_config") or theirs
-    for key, ours in (("bos_token_id", tokenizer.bos), ("eos_token_id", tokenizer.eos)):
+    for key, ours in (("bos_token_id", [tokenizer.bos]), ("eos_token_id", tokenizer.stops)):
         expected = theirs.get(key)
-        if expected not in (None, ours) and ours not in np.ravel(expected):
+        if expected is not None and ours[0] is not None and not {*ours} & {*np.ravel(expected)}:
             raise BadInput(
-                f"{tokenizer.path}: its {key} is {ours} and that of {config} is {expected}; take the "
+                f"{tokenizer.path}: its {key} is {ours[0]} and that of {config} is {expected}; take the "
                 "tokenizer that belongs to the weights with --tokenizer"
             )
     return tokenizer
@@ -269,7 +274,7 @@ def newest():
 
 
 def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
-    """(model, tokenizer) from our directory, a LLaVA-1.5 folder or the released InfMLLM file.
+    """(model, tokenizer) from our directory, a LLaVA-1.5 or IAA folder or the released InfMLLM file.
 
     path: the newest of out/ if not given. tokenizer: where the checkpoint brings none. dtype: fp32 or
     bf16. branch: see with_branch."""
@@ -280,21 +285,22 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
     path = Path(path or newest())
     if path.name == "model.safetensors":
         path = path.parent
-    model, folder = open_checkpoint(path, dtype)
-    tokenizer = open_tokenizer(tokenizer or folder, model.config.llm, folder)
+    model, folder = open_checkpoint(path, dtype, branch)
+    tokenizer = open_tokenizer(tokenizer or folder, model.config.llm, folder, model.config.template)
     if branch:
         model = with_branch(model, branch, dtype)
     return model.to(device).eval(), tokenizer
 
 
-def open_checkpoint(path, dtype):
-    """(model, the folder it lies in)"""
+def open_checkpoint(path, dtype, branch=None):
+    """(model, the folder it lies in); branch: which one of IAA's two"""
     if path.is_file():
         return weights.load_infmllm(path, models.PRESETS["infmllm-7b"](), dtype), path.parent
     config = path / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
     if kind == "IAA":
-        raise BadInput(f"{path}: {weights.LLAMA_3}; weights.load_iaa reads its weights")
+        branches = weights.load_iaa(path, dtype)
+        return branches.get(branch, branches["mm"]), path
     if kind:
         return weights.load_llava(path, dtype), path
     while True:

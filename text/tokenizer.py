@@ -1,35 +1,86 @@
 """Text <-> ids."""
 
+import json
 import math
-import os
+import re
+from pathlib import Path
 
 import sentencepiece
 
 from model import IGNORE, IMAGE
 from support.errors import BadInput
-from support.files import whole
-from text.templates import HERE
+from support.files import read_json, whole
+from text.bpe import BPE
+from text.templates import CONTROL, HERE, TEMPLATES
+
+NAMES = ("tokenizer.model", "tokenizer.json")  # the first that is there is taken
+LARGEST = 2**26  # bytes of a tokenizer.json; LLaMA-3.2's has 17 million
+ENDS = {  # where it stands which tokens end an answer; the first of them is the one that we put
+    "tokenizer_config.json": "eos_token",
+    "generation_config.json": "eos_token_id",
+    "config.json": "eos_token_id",
+}
+PARTS = re.compile(f"({HERE}|{CONTROL}<[^>]+>)")  # of a prompt; what is none of the two is text
 
 
 class Tokenizer:
-    """A sentencepiece model; `path` is the file, or a folder with tokenizer.model."""
+    """sentencepiece or byte-level BPE, with the turns that it is asked in.
 
-    def __init__(self, path):
-        self.path = os.path.join(path, "tokenizer.model") if os.path.isdir(path) else str(path)
+    path: tokenizer.model, tokenizer.json, or a folder. template: a name in TEMPLATES; without one, the row
+    whose control tokens the tokenizer has."""
+
+    def __init__(self, path, template=None):
+        self.path = find(path)
         self.bytes = whole(self.path)
-        try:
-            self.model = sentencepiece.SentencePieceProcessor(model_proto=self.bytes)
+        self.files = {Path(self.path).name: self.bytes}  # what a checkpoint keeps
+        beside = Path(self.path).parent
+        if self.path.endswith(".json"):
+            self.model, ends = read_bpe(self.path)
+            self.bos = self.model.bos
+            self.pad = 0  # any would do
+            self.silent = set(self.model.special.values())
+        else:
+            self.model = read_sentencepiece(self.path, self.bytes)
             self.bos = self.model.bos_id()
-            self.eos = self.model.eos_id()
-            if min(self.bos, self.eos) < 0:
-                raise ValueError
-        except (RuntimeError, ValueError, TypeError) as e:
-            raise BadInput(
-                f"{self.path}: is not a sentencepiece model with BOS and EOS; name LLaMA's tokenizer.model"
-            ) from e
-        self.pad = self.model.unk_id()
-        self.stops = (self.eos,)  # the ids that end an answer
+            self.pad = self.model.unk_id()
+            self.silent = {self.bos, self.pad, self.model.eos_id()}
+            ends = [self.model.eos_id()]
         self.size = len(self.model)
+        self.template = template or self.guess(beside)
+        row = TEMPLATES[self.template]
+        for name in row.controls:
+            if self.control(name) is None:
+                raise BadInput(f"{self.path}: has no {name}, so its turns are not {self.template}")
+        ids = [self.control(end) if isinstance(end, str) else end for end in (row.end, *ends)]
+        ids = [i for i in ids if isinstance(i, int) and 0 <= i < self.size]
+        if not ids:
+            raise BadInput(
+                f"{self.path}: nothing says which token ends an answer; put the "
+                f"{' or '.join(ENDS)} that belongs to it beside it"
+            )
+        self.eos = ids[0]
+        self.stops = tuple(dict.fromkeys(ids))  # any of them ends an answer
+        if self.path.endswith(".json"):
+            ends = json.dumps({"eos_token_id": self.stops})
+            self.files["generation_config.json"] = ends.encode()
+
+    def control(self, name):
+        """The id of a control token; None where there is none of this name."""
+        if isinstance(self.model, BPE):
+            return self.model.special.get(name)
+        found = self.model.piece_to_id(name)
+        return found if self.model.is_control(found) else None
+
+    def guess(self, folder):
+        """The first row whose control tokens are there, and whose system turn stands in the folder's own template."""
+        own = ""
+        for name in ("tokenizer_config.json", "chat_template.jinja"):
+            if (folder / name).is_file():
+                own += whole(folder / name).decode(errors="replace")
+        for name, row in TEMPLATES.items():
+            if row.system in own and None not in map(self.control, row.controls):
+                return name
+        return "vicuna"
 
     def encode(self, text):
         return self.model.encode(text)
@@ -37,24 +88,82 @@ class Tokenizer:
     def foreign(self, ids):
         """The share of a text's bytes for which there is no word: each of them, or of its letters, is a token."""
         pieces = self.model.id_to_piece(ids)
-        alone = sum(
-            self.model.is_byte(i) or (len(p) == 1 and p.isalpha()) for i, p in zip(ids, pieces)
-        )
+        alone = sum(p.startswith("<0x") or (len(p) == 1 and p.isalpha()) for p in pieces)
         return alone / max(1, len(self.decode(ids).encode()))
 
     def decode(self, ids):
         """Text of the ids; placeholders, special ids and those beyond the vocabulary say nothing."""
-        special = (self.bos, self.eos, self.pad)
-        return self.model.decode([int(i) for i in ids if 0 <= i < self.size and i not in special])
+        said = [int(i) for i in ids if 0 <= i < self.size and i not in self.silent]
+        return self.model.decode(said)
+
+
+def find(path):
+    """The tokenizer's own file: the one that was named, or that of a folder."""
+    folder = Path(path)
+    if not folder.is_dir():
+        return str(path)
+    for name in NAMES:
+        if (folder / name).is_file():
+            return str(folder / name)
+    found = sorted(file.name for file in folder.iterdir())[:8]
+    raise BadInput(
+        f"{path}: has no {' and no '.join(NAMES)} (but {', '.join(found) or 'nothing'}); "
+        "name one with --tokenizer"
+    )
+
+
+def read_sentencepiece(path, content):
+    try:
+        model = sentencepiece.SentencePieceProcessor(model_proto=content)
+        if min(model.bos_id(), model.eos_id()) < 0:
+            raise ValueError
+        return model
+    except (RuntimeError, ValueError, TypeError) as e:
+        raise BadInput(
+            f"{path}: is not a sentencepiece model with BOS and EOS; "
+            "name LLaMA's tokenizer.model, or a tokenizer.json"
+        ) from e
+
+
+def read_bpe(path):
+    """The tokenizer, and what the files beside it say of the tokens that end an answer."""
+    d = read_json(path, LARGEST)
+    try:
+        return BPE(d), named_ends(Path(path).parent)
+    except BadInput:
+        raise
+    except Exception as e:  # whatever a stranger's values lead to
+        what = str(e) if isinstance(e, AssertionError) else f"{type(e).__name__}: {e}"
+        raise BadInput(
+            f"{path}: is no byte-level BPE as it is read here ({what[:150]}); "
+            "name another tokenizer with --tokenizer"
+        ) from None
+
+
+def named_ends(folder):
+    """Names and ids of the tokens that end an answer, as the files beside a tokenizer tell them."""
+    ends = []
+    for name, key in ENDS.items():
+        if (folder / name).is_file():
+            d = read_json(folder / name)
+            said = (d.get("text_config") or d).get(key)
+            if isinstance(said, dict):
+                said = said.get("content")
+            ends += said if isinstance(said, list) else [said]
+    return ends
 
 
 def encode_prompt(tokenizer, text, visual, bos=True):
-    """BOS, then the sides of every <ImageHere> tokenised apart, `visual` placeholders in its place."""
-    first, *others = text.split(HERE)
-    ids = [tokenizer.bos] if bos else []
-    ids += tokenizer.encode(first)
-    for side in others:
-        ids += [IMAGE] * visual + tokenizer.encode(side)
+    """BOS if there is one, then the prompt: `visual` placeholders for every <ImageHere>, the ids of control
+    tokens, and what lies between them, each tokenised apart."""
+    ids = [tokenizer.bos] if bos and tokenizer.bos is not None else []
+    for part in PARTS.split(text):
+        if part == HERE:
+            ids += [IMAGE] * visual
+        elif part.startswith(CONTROL):
+            ids.append(tokenizer.control(part.removeprefix(CONTROL)))
+        else:
+            ids += tokenizer.encode(part)
     return ids
 
 

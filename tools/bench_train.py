@@ -329,7 +329,7 @@ def tune(args, steps=12):
             s = train.resolve(train.flags().parse_args([*argv.split(), "--out", folder]), 3, 1)
         model, _ = start.build(s, say=False)
         runs[name] = make_run(model.freeze(3, s.tune), s, ranks)
-    tokenizer = start.find_tokenizer(s, model.config.llm)
+    tokenizer = start.find_tokenizer(s, model.config)
     data, _ = train.open_data(s, model.config, tokenizer, ranks)
     times = {name: [] for name in runs}
     for batches in data.batches(steps=steps, accum=s.accum):

@@ -1,7 +1,7 @@
 # ruff: noqa: F401
 """Weights in and out: our own checkpoint directory, and the files that others publish.
 
-    save(dir, model, tokenizer, ...)     config.json, model.safetensors, tokenizer.model, and what resuming needs
+    save(dir, model, tokenizer, ...)     config.json, model.safetensors, the tokenizer, and what resuming needs
     load(dir) -> InfMLLM                 no flags: the architecture travels with the weights
     load_llama, load_vit, load_llava, load_infmllm, load_iaa, export_llama
 
@@ -23,7 +23,7 @@ from weights.checkpoint import (
     save,
 )
 from weights.files import load_tensors
-from weights.iaa import IAA_INNER, LLAMA_3, load_iaa
+from weights.iaa import IAA_INNER, load_iaa
 from weights.infmllm import load_infmllm
 from weights.llama import export_llama, load_llama
 from weights.llava import load_llava

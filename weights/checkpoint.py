@@ -2,7 +2,7 @@
 
 config.json         format, model (the Config), training, and of a branch: branch (its name and layers) and base
 model.safetensors   the tensors under our names; of a branch its own alone, as llm.branches.<name>.<ours>
-tokenizer.model     the tokenizer's own file
+tokenizer.model     the tokenizer's own file, or tokenizer.json and in generation_config.json the ids that end an answer
 optimizer.safetensors, state.json      where the run can be resumed
 checksums.json      size and checksum of each of these
 """
@@ -57,7 +57,8 @@ def save(path, model, tokenizer=None, training=None, optimizer=None, state=None,
     write_json(new / "config.json", described)
     save_tensors(tensors, new / "model.safetensors")
     if tokenizer is not None:
-        (new / "tokenizer.model").write_bytes(tokenizer.bytes)
+        for name, content in tokenizer.files.items():
+            (new / name).write_bytes(content)
     if optimizer is not None:
         save_tensors(optimizer, new / "optimizer.safetensors")
     if state is not None:
@@ -210,6 +211,7 @@ def add_branch(model, path, dtype=None):
         branch = on_meta(new_branch, config, described["name"], described["after"])
     table = {f"{BRANCHES}{branch.name}.*": "{}"}
     fill(branch, path / "model.safetensors", table, dtype)
+    base.config.template = config.template
     return compose(base.resize(*theirs), branch)
 
 

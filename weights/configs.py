@@ -7,7 +7,7 @@ from pathlib import Path
 from model import Config, LlamaConfig, frequencies
 from support.errors import BadInput
 from support.files import read_json
-from text.templates import HERE
+from text.templates import HERE, TEMPLATES
 
 LIMITS = {
     "layers": 1000,
@@ -55,6 +55,7 @@ def checked(config):
             assert isinstance(value, field.type), wrong
     if isinstance(config, Config):
         assert HERE in config.image_mark, f"image_mark is {config.image_mark[:50]!r}"
+        assert config.template in TEMPLATES, f"template is {config.template[:50]!r}"
     if isinstance(config, LlamaConfig):
         assert config.head_dim % 2 == 0, "half a pair to rotate"
         assert frequencies(config, "cpu").isfinite().all(), f"rope {str(config.rope)[:80]}"

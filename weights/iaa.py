@@ -1,7 +1,5 @@
 """IAA as it was released: LLaMA-3, LLaVA's tower and two branches (iaa.py)."""
 
-import sys
-
 import torch
 from torch import nn
 
@@ -16,7 +14,6 @@ from weights.towers import TRANSFORMERS, vit_table
 # the layers of the base that a layer of a branch follows
 IAA_INNER = [0, 1, 5, 6, 10, 11, 15, 16, 20, 21, 25, 26, 30, 31]
 ENDINGS = {"mm": ("", ""), "grounding": ("_grounding", "_G")}  # of names in the released file
-LLAMA_3 = "the released IAA is prompted with LLaMA-3's tokenizer, which this program does not read"
 
 
 def iaa_table(c):
@@ -43,7 +40,9 @@ def iaa_config(d, path):
     """Its config.json tells of the language model alone."""
     vit = ViTConfig(**CLIP_L)
     llm = llama_config(d | {"model_type": "llama"}, path)
-    return Config(vit, llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>")
+    return Config(
+        vit, llm, adapter="mlp", ln_vision=False, image_mark="<ImageHere>", template="iaa"
+    )
 
 
 def iaa_modules(config):
@@ -57,7 +56,6 @@ def iaa_modules(config):
 def load_iaa(path, dtype=torch.float32):
     """{"mm": model, "grounding": model}, sharing one base."""
     config = read_config(path, iaa_config)
-    print(f"{path}: {LLAMA_3}", file=sys.stderr)
     with understood(path):
         modules = on_meta(iaa_modules, config)
     fill(modules, path, iaa_table(config), dtype)

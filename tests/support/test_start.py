@@ -60,7 +60,9 @@ def test_llavas_folder_is_asked_as_it_was_trained_and_brings_or_is_given_a_token
     made, tmp_path, capsys
 ):
     folder = oracle.folder(oracle.llava(vocab_size=700), tmp_path / "llava")
-    with pytest.raises(BadInput, match="no tokenizer.model; name LLaMA's with --tokenizer"):
+    with pytest.raises(
+        BadInput, match=r"no tokenizer.model and no tokenizer.json \(but config.json, .*--tokenizer"
+    ):
         support.start.load_model(folder, device="cpu")
     loaded = support.start.load_model(folder, tiny.TOKENIZER, device="cpu")
     picture = made / "photos/wide.png"

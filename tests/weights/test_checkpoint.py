@@ -20,7 +20,7 @@ from weights.checkpoint import load, save
 
 
 class Tokens:
-    bytes = b"a sentencepiece model"
+    files = {"tokenizer.model": b"a sentencepiece model", "more.json": b"{}"}
 
 
 def test_what_is_saved_is_what_is_loaded_in_its_own_dtypes(tmp_path):
@@ -30,7 +30,7 @@ def test_what_is_saved_is_what_is_loaded_in_its_own_dtypes(tmp_path):
     save(folder, m, Tokens, {"stage": 1}, {"x.exp_avg": torch.ones(3)}, {"step": 7})
     again = load(folder)
     assert same(m, again) and again.config == m.config
-    assert (folder / "tokenizer.model").read_bytes() == Tokens.bytes
+    assert {name: (folder / name).read_bytes() for name in Tokens.files} == Tokens.files
     assert read_json(folder / "state.json") == {"step": 7}
     assert read_json(folder / "config.json")["training"] == {"stage": 1}
     optimizer = weights.files.load_tensors(folder / "optimizer.safetensors")
