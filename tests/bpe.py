@@ -20,7 +20,14 @@ QWEN = (
 EXPRESSIONS = {"gpt-2": GPT_2, "llama-3": QWEN.replace(r"\p{N}|", r"\p{N}{1,3}|"), "qwen": QWEN}
 CHATML = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 HEADERS = ["<|begin_of_text|>", "<|end_of_text|>", "<|start_header_id|>", "<|end_header_id|>"]
-HEADERS += ["<|eot_id|>", "<|reserved_special_token_44|>"]
+PICTURE = "<|reserved_special_token_44|>"  # what the released IAA has in the place of a picture
+HEADERS += ["<|eot_id|>", PICTURE]
+LLAMA_3 = (  # its chat_template
+    "{% set loop_messages = messages %}{% for message in loop_messages %}"
+    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
+    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
+)
 
 
 @cache

@@ -7,9 +7,10 @@ import shlex
 import shutil
 import signal
 import sys
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 
+import bpe
 import oracle
 import pytest
 import tiny
@@ -24,7 +25,7 @@ from support.commands import run
 from support.drawing import NAMED
 from support.errors import BadInput
 from text import Tokenizer, encode_prompt
-from text.templates import prompt
+from text.templates import chat_turn, prompt
 
 # ---- decoding --------------------------------------------------------------------------------------------------------
 
@@ -81,7 +82,8 @@ def expected(theirs, rows, images, eos, max_new_tokens, beams=1, **settings):
         **settings,
     )
     said = out[:, T:].tolist()
-    return [row[: row.index(eos)] if eos in row else row for row in said]
+    stops = [eos] if isinstance(eos, int) else eos
+    return [list(takewhile(lambda i: i not in stops, row)) for row in said]
 
 
 def common(theirs, rows, images):
@@ -98,6 +100,18 @@ def test_ids_are_those_of_transformers(pair, rows, images, mode):
         settings = dict(max_new_tokens=13, eos=eos) | mode
         want = expected(theirs, rows, images, **settings)
         assert sample.generate_ids(ours, images, rows, **settings) == want
+
+
+@pytest.mark.parametrize("beams", [1, 3])
+def test_any_of_several_tokens_ends_an_answer(pair, beams):
+    theirs, ours = pair
+    rows, images = UNEQUAL
+    said = expected(theirs, rows, images, EOS, 13)
+    stops = (said[0][4], said[1][7], EOS)
+    settings = dict(max_new_tokens=13, min_new_tokens=2, beams=beams)
+    want = expected(theirs, rows, images, list(stops), **settings)
+    assert sample.generate_ids(ours, images, rows, eos=stops, **settings) == want
+    assert len({len(row) for row in want}) > 1
 
 
 def test_a_batch_draws_what_each_row_draws_alone(pair):
@@ -223,6 +237,28 @@ def test_a_character_that_comes_in_bytes_is_shown_once_it_is_whole(loaded, monke
     tokens = [torch.tensor(i) for i in loaded[1].encode("so 🙂 it is")]
     monkeypatch.setattr(sample, "decode", lambda *_, **__: iter(tokens))
     assert "".join(sample.Chat(*loaded).ask("hello")) == "so 🙂 it is"
+
+
+def test_a_chat_in_other_turns_ends_and_goes_on_as_its_template_has_it(
+    loaded, tmp_path, monkeypatch
+):
+    """A sentence in bytes, as an LLM with byte-level BPE says it."""
+    model, _ = loaded
+    tokenizer = Tokenizer(bpe.folder(tmp_path, eos="<|im_end|>"))
+    words = [i for part in ("so ", "🙂", " it is") for i in tokenizer.encode(part)]
+    said = [torch.tensor(i) for i in (*words, tokenizer.stops[-1], 7)]
+    monkeypatch.setattr(sample, "decode", lambda *_, **__: iter(said))
+    monkeypatch.setattr(sample, "embed_prompts", lambda *_: (torch.zeros(1, 1, 1), None))
+    talk = sample.Chat(model, tokenizer)
+    shown = list(talk.ask("what?"))
+    assert "".join(shown) == "so 🙂 it is" and not any("\ufffd" in piece for piece in shown)
+    asked = encode_prompt(tokenizer, prompt("chat", "what?", "", "chatml"), 4)
+    assert talk.ids == asked + words
+    list(talk.ask("and?"))
+    turn = encode_prompt(tokenizer, chat_turn("and?", "chatml"), 4, bos=False)
+    start, end = (tokenizer.control(f"<|im_{name}|>") for name in ("start", "end"))
+    assert talk.ids == [*asked, *words, end, *turn, *words]
+    assert turn[: len(tokenizer.encode("\n")) + 1] == [*tokenizer.encode("\n"), start]
 
 
 def test_a_chat_fills_its_context_and_says_so(loaded):

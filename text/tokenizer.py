@@ -31,19 +31,20 @@ class Tokenizer:
 
     def __init__(self, path, template=None):
         self.path = find(path)
-        self.bytes = whole(self.path)
-        self.files = {Path(self.path).name: self.bytes}  # what a checkpoint keeps
+        content = whole(self.path)
+        self.files = {Path(self.path).name: content}  # what a checkpoint keeps
         beside = Path(self.path).parent
         if self.path.endswith(".json"):
             self.model, ends = read_bpe(self.path)
             self.bos = self.model.bos
             self.pad = 0  # any would do
-            self.silent = set(self.model.special.values())
+            self.silent = set(self.model.special.values())  # ids that are no text
         else:
-            self.model = read_sentencepiece(self.path, self.bytes)
+            self.model = read_sentencepiece(self.path, content)
             self.bos = self.model.bos_id()
             self.pad = self.model.unk_id()
-            self.silent = {self.bos, self.pad, self.model.eos_id()}
+            self.silent = {i for i in range(len(self.model)) if self.model.is_control(i)}
+            self.silent.add(self.pad)
             ends = [self.model.eos_id()]
         self.size = len(self.model)
         self.template = template or self.guess(beside)
@@ -52,7 +53,7 @@ class Tokenizer:
             if self.control(name) is None:
                 raise BadInput(f"{self.path}: has no {name}, so its turns are not {self.template}")
         ids = [self.control(end) if isinstance(end, str) else end for end in (row.end, *ends)]
-        ids = [i for i in ids if isinstance(i, int) and 0 <= i < self.size]
+        ids = [i for i in ids if isinstance(i, int) and i in self.silent]
         if not ids:
             raise BadInput(
                 f"{self.path}: nothing says which token ends an answer; put the "

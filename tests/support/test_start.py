@@ -5,6 +5,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import bpe
 import layouts
 import oracle
 import pytest
@@ -13,6 +14,7 @@ import torch
 
 import sample
 import support.start
+import train
 import weights
 from support.errors import BadInput
 from text import Tokenizer
@@ -95,6 +97,36 @@ def test_a_tokenizer_of_another_model_is_noted_and_one_with_other_ends_refused(t
         say(key, ids)
         with pytest.raises(BadInput, match=f"its {key} is . and that of .* is .?7"):
             support.start.load_model(few, tiny.TOKENIZER, device="cpu")
+
+
+def test_a_tokenizer_without_bos_fits_a_padded_embedding_and_is_kept_by_the_run(here, capsys):
+    """As Qwen's folder is: config.json names a BOS that nobody puts, and there are more rows than words."""
+    folder = oracle.folder(oracle.llama(vocab_size=905, max_position_embeddings=256), here / "llm")
+    config = json.loads((folder / "config.json").read_text())
+    ends = {"bos_token_id": 900, "eos_token_id": 902}
+    (folder / "config.json").write_text(json.dumps(config | ends))
+    bpe.folder(folder, expression="qwen", nfc=True, eos="<|im_end|>")
+    flags = "--stage 3 --init start --workers 0 --batch 8 --eval-every 0 --save-every 1 --lr 1e-3"
+    argv = f"{flags} --out {here}/out --steps 1".split()
+    assert train.main([*argv, "--llm", str(folder), "--template", "qwen2"]) == 0
+    said, err = capsys.readouterr()
+    assert "turns: qwen2;" in said and "note:" not in err
+    assert train.main([*argv, "--resume", "--steps", "2"]) == 0
+    assert "turns: qwen2;" in capsys.readouterr().out
+    assert train.main([*argv, "--resume", "--steps", "3", "--template", "chatml"]) == 2
+    assert "--template: the run in" in capsys.readouterr().err
+    model, tokenizer = support.start.load_model(here / "out", device="cpu")
+    assert model.config.template == tokenizer.template == "qwen2"
+    assert tokenizer.path.endswith("step-00000002/tokenizer.json") and tokenizer.stops == (902,)
+    argv = f"{flags} --init {here}/out --out {here}/next --steps 1".split()
+    assert train.main(argv) == 0  # from a checkpoint: its turns
+    assert "turns: qwen2;" in capsys.readouterr().out
+    assert train.main([*argv, "--out", f"{here}/new", "--llm", str(folder)]) == 0
+    assert "turns: chatml;" in capsys.readouterr().out  # from a folder: what its tokens tell
+    sample.main(f"--ckpt {here}/out --device cpu --prompt what? --max-new-tokens 3".split())
+    (folder / "config.json").write_text(json.dumps(config | {"eos_token_id": 7}))
+    with pytest.raises(BadInput, match="its eos_token_id is 902 and that of .* is 7"):
+        support.start.open_tokenizer(tokenizer.path, model.config.llm, folder)
 
 
 def test_the_released_file_is_opened_with_the_tokenizer_beside_it(tmp_path, monkeypatch):

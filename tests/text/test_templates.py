@@ -3,6 +3,7 @@
 import bpe
 import pytest
 import transformers
+from bpe import LLAMA_3, PICTURE
 from small import TOKENIZER
 
 from data import to_turns
@@ -44,12 +45,6 @@ QWEN2_5 = (  # less what is about tools
     "    {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n{%- endfor %}\n"
     "{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
 )
-LLAMA_3 = (
-    "{% set loop_messages = messages %}{% for message in loop_messages %}"
-    "{% set content = '<|start_header_id|>' + message['role'] + '<|end_header_id|>\n\n'+ message['content'] | trim + '<|eot_id|>' %}"
-    "{% if loop.index0 == 0 %}{% set content = bos_token + content %}{% endif %}{{ content }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|start_header_id|>assistant<|end_header_id|>\n\n' }}{% endif %}"
-)
 PLAIN = "{% for message in messages %}" + SMOLLM2.partition("{% endif %}")[2]
 HEADED = dict(specials=bpe.HEADERS, expression="llama-3", bos="<|begin_of_text|>", eos="<|eot_id|>")
 QWEN = dict(expression="qwen", nfc=True, eos="<|im_end|>")
@@ -63,7 +58,6 @@ MODELS = {  # row -> the folder that it is for
     "llama-3": dict(**HEADED, chat_template=LLAMA_3),
     "iaa": dict(**HEADED, chat_template=LLAMA_3),
 }
-PICTURE = "<|reserved_special_token_44|>"  # what the released IAA has in the place of a picture
 SAID = [
     "Is it?",
     "2 cats'LL  do.\n\nYes",
