@@ -205,9 +205,9 @@ def beam_search(llm, x, pad, K, length_penalty, max_new_tokens, min_new_tokens, 
     """The best of K beams for each prompt, as transformers finds it with early_stopping=False.
 
     Each step takes the 2K best continuations. Those that end, if they are among the first K, retire;
-    the K best of the others run on (K at most can end, so there are enough; with several eos, K more each). A prompt is decided when
-    K beams have retired and the worst of them beats, in score per length ** length_penalty, the best
-    one that still runs.
+    the K best of the others run on (K at most can end, so there are enough; each further eos takes K
+    more). A prompt is decided when K beams have retired and the worst of them beats, in score per
+    length ** length_penalty, the best one that still runs.
 
     The beams of a prompt are a tree that shares one row of the cache. Behind the prompt, each step adds
     K positions to the row, one for the last token of every beam, and `sees` says which positions of the
@@ -337,8 +337,7 @@ class Chat:
         tokenizer, config = self.tokenizer, model.config
         if self.ids:
             turn = chat_turn(question, tokenizer.template)
-            turn = encode_prompt(tokenizer, turn, 0, bos=False)
-            ids = [*self.ids, tokenizer.eos, *turn]
+            ids = [*self.ids, tokenizer.eos, *encode_prompt(tokenizer, turn, 0, bos=False)]
         else:
             mark = config.image_mark if self.image else ""
             turn = prompt("chat", question, mark, tokenizer.template)
@@ -379,15 +378,9 @@ def model_flags(description):
     parser = Parser(description)
     flag = parser.flag
     flag(
-        "--ckpt",
-        str,
-        "our folder, LLaVA-1.5's or IAA's, or InfMLLM's file; default: newest of out/",
+        "--ckpt", str, "our folder, LLaVA-1.5's, IAA's, or InfMLLM's file; default: newest of out/"
     )
-    flag(
-        "--branch",
-        str,
-        "what sees pictures: a branch's folder or its name (IAA: mm, grounding); none: the base",
-    )
+    flag("--branch", str, "what sees pictures: a branch's folder or its name; none: the base")
     flag("--adapter", adapter_kind, "FILE.py:CLASS, where the model has an adapter of your own")
     flag("--tokenizer", str, "a tokenizer's file or folder, where the checkpoint brings none")
     flag("--device", str, "cpu or cuda; default: cuda where there is one")

@@ -256,7 +256,7 @@ def test_a_chat_in_other_turns_ends_and_goes_on_as_its_template_has_it(
     assert talk.ids == asked + words
     list(talk.ask("and?"))
     turn = encode_prompt(tokenizer, chat_turn("and?", "chatml"), 4, bos=False)
-    start, end = (tokenizer.control(f"<|im_{name}|>") for name in ("start", "end"))
+    start, end = (tokenizer.controls[f"<|im_{name}|>"] for name in ("start", "end"))
     assert talk.ids == [*asked, *words, end, *turn, *words]
     assert turn[: len(tokenizer.encode("\n")) + 1] == [*tokenizer.encode("\n"), start]
 

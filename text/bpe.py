@@ -4,11 +4,11 @@ A text is split into words by regular expressions, and the bytes of a word are m
 tokens are never found in a text: who needs one puts its id.
 """
 
-import heapq
 import re
 import sys
 import unicodedata
 from functools import cache
+from heapq import heappop, heappush
 from itertools import groupby
 
 GPT_2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
@@ -19,7 +19,11 @@ LETTERS = {byte: chr(byte) for byte in PLAIN} | {
     byte: chr(256 + n) for n, byte in enumerate(OTHERS)
 }
 BYTES = {letter: byte for byte, letter in LETTERS.items()}
-WORDS, LONG = 2**16, 64  # words whose ids are remembered, of so many characters at most
+WORDS, LONG = 2**16, 64  # so many words are remembered, of so many characters at most
+
+
+def as_letters(text):
+    return "".join(LETTERS[byte] for byte in text.encode())
 
 
 @cache
@@ -36,26 +40,15 @@ def characters(category):
 
 def translated(expression):
     """Oniguruma's expression as Python's, whose `re` has no categories and takes other characters for spaces."""
-
-    def members(found):
-        name = found[0]
-        if name == r"\s":
-            return SPACE
-        if name.startswith(r"\p"):
-            return characters(name[3:-1])
-        assert name in (r"\r", r"\n", r"\t") or not name[1].isalnum(), f"{name} in {expression}"
-        return name
-
-    def part(found):
-        if found[0] == "(":
-            return "(?:"
-        if found[0] == r"\S":
-            return f"[^{SPACE}]"
-        if found[0].startswith("["):
-            return re.sub(r"\\p\{\w+\}|\\.", members, found[0])
-        return f"[{members(found)}]"
-
-    return re.sub(r"\[(?:\\.|[^]\\])+\]|\\p\{\w+\}|\\.|\((?!\?)", part, expression)
+    parts = re.split(r"(\[(?:\\.|[^]\\])+\])", expression)  # every second one is in brackets
+    for n in range(0, len(parts), 2):
+        part = re.sub(r"\\s|\\p\{\w+\}", r"[\g<0>]", parts[n])
+        parts[n] = part.replace(r"\S", r"[^\s]")
+    text = "".join(parts)
+    others = set(re.findall(r"\\[A-Za-z]", text)) - {r"\p", r"\s", r"\r", r"\n", r"\t"}
+    assert not others, f"{', '.join(others)} in {expression}"
+    text = re.sub(r"\\p\{(\w+)\}", lambda found: characters(found[1]), text)
+    return text.replace(r"\s", SPACE)
 
 
 def parts(step, key):
@@ -63,17 +56,16 @@ def parts(step, key):
     return step.get(key, [step]) if step else []
 
 
-def expression_of(step):
-    """The regular expression of a step that splits a text into its matches and what lies between them."""
+def split_of(step):
+    """The expression of a step that splits a text into its matches and what lies between them."""
     if step["type"] == "Digits":
         return r"\p{N}" if step["individual_digits"] else r"\p{N}+"
     if step["type"] == "ByteLevel":
         assert not step["add_prefix_space"], "it adds a space in front"
-        return GPT_2 if step.get("use_regex", True) else None
-    assert step["type"] == "Split", f"its pre-tokenizer is {step['type']}"
-    assert step["behavior"] == "Isolated", f"its Split is {step['behavior']}"
-    pattern = step["pattern"]
-    return pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
+        return GPT_2 if step.get("use_regex", True) else "$."  # which matches nothing
+    kind = step["type"], step.get("behavior")
+    assert kind == ("Split", "Isolated"), f"it splits by {kind}"
+    return step["pattern"]["Regex"]
 
 
 class BPE:
@@ -82,55 +74,47 @@ class BPE:
     def __init__(self, d):
         model = d["model"]
         steps = parts(d["pre_tokenizer"], "pretokenizers")
-        kind = [model.get("type", "BPE"), *(step["type"] for step in steps)]
-        assert kind[0] == "BPE" and kind[-1] == "ByteLevel", f"it is {' behind '.join(kind)}"
-        for name in ("dropout", "continuing_subword_prefix", "end_of_word_suffix"):
-            assert not model.get(name), f"its {name} is {model[name]}"
-        normalizers = [step["type"] for step in parts(d["normalizer"], "normalizers")]
-        assert set(normalizers) <= {"NFC"}, f"its normalizer is {', '.join(normalizers)}"
-        self.nfc = bool(normalizers)
-        found = filter(None, map(expression_of, steps))
-        self.splits = [re.compile(f"({translated(expression)})") for expression in found]
-        self.vocab = model["vocab"]
-        added = {token["content"]: token["id"] for token in d["added_tokens"]}
+        kinds = [model.get("type", "BPE"), *(step["type"] for step in steps)]
+        assert kinds[0] == "BPE" and kinds[-1] == "ByteLevel", f"it is {' behind '.join(kinds)}"
+        assert not model.get("end_of_word_suffix"), "it marks the ends of words"
+        self.normalizer = d["normalizer"]
+        assert self.normalizer in (None, {"type": "NFC"}), f"its normalizer is {self.normalizer}"
+        self.splits = [re.compile(f"({translated(split_of(step))})") for step in steps]
         self.special = {t["content"]: t["id"] for t in d["added_tokens"] if t["special"]}
-        self.whole_words = {}  # taken without merging
-        if model.get("ignore_merges"):
-            self.whole_words = {w: i for w, i in self.vocab.items() if w not in self.special}
-        self.ranks = {}  # of a pair of ids: the lower is merged first
-        self.merged = []  # the id that the pair of each rank becomes
+        vocab = model["vocab"]
+        self.vocab = {piece: i for piece, i in vocab.items() if piece not in self.special}
+        self.whole_words = self.vocab if model.get("ignore_merges") else {}
+        self.merges = {}  # pair of ids: (rank, what it becomes); the lowest rank is merged first
         for rank, pair in enumerate(model["merges"]):
             left, right = pair.split(" ") if isinstance(pair, str) else pair
-            self.ranks[self.vocab[left], self.vocab[right]] = rank
-            self.merged.append(self.vocab[left + right])
-        pieces = {i: piece for piece, i in (self.vocab | added).items()}
-        self.pieces = [pieces.get(i, "") for i in range(max(pieces) + 1)]
+            self.merges[vocab[left], vocab[right]] = rank, vocab[left + right]
+        self.pieces = {i: piece for piece, i in vocab.items()}
+        self.pieces |= {t["id"]: as_letters(t["content"]) for t in d["added_tokens"]}
+        assert all(type(i) is int and 0 <= i < 2**24 for i in self.pieces), "an id is out of range"
         self.bos = None  # what the library puts in front of a text
         for step in parts(d["post_processor"], "processors"):
-            for first in step.get("single", [])[:1]:
-                self.bos = self.special.get(first.get("SpecialToken", {}).get("id"))
+            if step["type"] == "TemplateProcessing":
+                self.bos = self.special.get(step["single"][0].get("SpecialToken", {}).get("id"))
         self.cache = {}
 
     def __len__(self):
-        return len(self.pieces)
+        return max(self.pieces) + 1
 
     def id_to_piece(self, ids):
-        return [self.pieces[i] for i in ids]
+        return [self.pieces.get(i, "") for i in ids]
 
     def encode(self, text):
-        if self.nfc:
+        if self.normalizer:
             text = unicodedata.normalize("NFC", text)
         words = [text]
-        for expression in self.splits:
-            words = [word for part in words for word in expression.split(part) if word]
+        for split in self.splits:
+            words = [word for part in words for word in split.split(part) if word]
         ids = []
         for word in words:
             found = self.cache.get(word)
             if found is None:
-                found = self.merge("".join(LETTERS[byte] for byte in word.encode()))
-                if len(self.cache) == WORDS:
-                    self.cache.clear()
-                if len(word) <= LONG:
+                found = self.merge(as_letters(word))
+                if len(self.cache) < WORDS and len(word) <= LONG:
                     self.cache[word] = found
             ids += found
         return ids
@@ -142,35 +126,28 @@ class BPE:
         if word in self.whole_words:
             return [self.whole_words[word]]
         ids = [self.vocab[letter] for letter in word if letter in self.vocab]
-        after = list(range(1, len(ids) + 1))  # where the next symbol begins, and the one before
+        ids.append(None)  # the end; as what was merged away, it is part of no pair
+        after = [*range(1, len(ids)), 0]  # where the next symbol stands
         before = list(range(-1, len(ids)))
-        ids.append(None)  # no pair has it
         heap = []
-        for i in range(len(ids) - 1):
-            self.push(heap, ids, i, i + 1)
-        while heap:
-            rank, i = heapq.heappop(heap)
+        fresh = range(len(ids))  # symbols that have a new neighbour behind them
+        while True:
+            for i in fresh:
+                found = self.merges.get((ids[i], ids[after[i]]))
+                if found:
+                    heappush(heap, (found, i))
+            if not heap:
+                return [i for i in ids if i is not None]
+            found, i = heappop(heap)
             j = after[i]
-            if self.ranks.get((ids[i], ids[j])) != rank:
-                continue  # one of the two has been merged with another
-            ids[i], ids[j] = self.merged[rank], None
-            after[i] = after[j]
-            before[after[i]] = i
-            self.push(heap, ids, before[i], i)
-            self.push(heap, ids, i, after[i])
-        return [i for i in ids if i is not None]
-
-    def push(self, heap, ids, i, j):
-        rank = self.ranks.get((ids[i], ids[j]))
-        if rank is not None:
-            heapq.heappush(heap, (rank, i))
+            fresh = ()
+            if self.merges.get((ids[i], ids[j])) == found:  # else one of them was merged meanwhile
+                ids[i], ids[j] = found[1], None
+                after[i] = after[j]
+                before[after[i]] = i
+                fresh = (before[i], i)
 
     def decode(self, ids):
         """Bytes that are no UTF-8 become U+FFFD; half a character at the end is one."""
-        text = b""
-        for piece in self.id_to_piece(ids):
-            if all(letter in BYTES for letter in piece):
-                text += bytes(BYTES[letter] for letter in piece)
-            else:
-                text += piece.encode()
-        return text.decode(errors="replace")
+        letters = "".join(self.id_to_piece(ids))
+        return bytes(BYTES[c] for c in letters if c in BYTES).decode(errors="replace")

@@ -44,7 +44,7 @@ TASKS = {  # the prompts of captioning and of region captions are not published:
 
 @dataclass
 class Template:
-    """Turns, as a model was trained with them. {} is what somebody says, <|...|> a control token."""
+    """Turns, as a model was trained with them. {} is what somebody says."""
 
     turn: str  # a question, up to where its answer begins
     opening: str = "{}"  # the system turn
@@ -54,24 +54,24 @@ class Template:
     clean: object = str  # what is done to questions and answers
     tasks: dict = field(default_factory=dict)  # which sample.py asks in a turn, in these words
 
-    def __post_init__(self):
-        texts = (self.turn, self.opening, self.between)
-        self.turn, self.opening, self.between = (
-            re.sub(r"<\|\w+\|>", CONTROL + r"\g<0>", text) for text in texts
-        )
-        self.controls = set(re.findall(r"<\|\w+\|>", self.opening + self.turn))
+    @property
+    def controls(self):
+        return set(re.findall(f"{CONTROL}(<[^>]+>)", self.opening + self.turn))
 
 
+START, END = (f"{CONTROL}<|im_{name}|>" for name in ("start", "end"))
 CHATML = dict(
-    opening="<|im_start|>system\n{}<|im_end|>\n",
-    turn="<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n",
+    opening=f"{START}system\n{{}}{END}\n",
+    turn=f"{START}user\n{{}}{END}\n{START}assistant\n",
     end="<|im_end|>",
     between="\n",
 )
+HEAD, NECK, EOT = (
+    f"{CONTROL}<|{name}|>" for name in ("start_header_id", "end_header_id", "eot_id")
+)
 LLAMA_3 = dict(
-    opening="<|start_header_id|>system<|end_header_id|>\n\n{}<|eot_id|>",
-    turn="<|start_header_id|>user<|end_header_id|>\n\n{}<|eot_id|>"
-    "<|start_header_id|>assistant<|end_header_id|>\n\n",
+    opening=f"{HEAD}system{NECK}\n\n{{}}{EOT}",
+    turn=f"{HEAD}user{NECK}\n\n{{}}{EOT}{HEAD}assistant{NECK}\n\n",
     end="<|eot_id|>",
     clean=str.strip,
 )

@@ -31,46 +31,39 @@ class Tokenizer:
 
     def __init__(self, path, template=None):
         self.path = find(path)
-        content = whole(self.path)
-        self.files = {Path(self.path).name: content}  # what a checkpoint keeps
+        self.model = read_model(self.path)
+        self.files = {Path(self.path).name: whole(self.path)}  # what a checkpoint keeps
         beside = Path(self.path).parent
-        if self.path.endswith(".json"):
-            self.model, ends = read_bpe(self.path)
+        if isinstance(self.model, BPE):
             self.bos = self.model.bos
             self.pad = 0  # any would do
-            self.silent = set(self.model.special.values())  # ids that are no text
+            self.controls = self.model.special  # {name: id}
+            ends = named_ends(beside)
         else:
-            self.model = read_sentencepiece(self.path, content)
             self.bos = self.model.bos_id()
             self.pad = self.model.unk_id()
-            self.silent = {i for i in range(len(self.model)) if self.model.is_control(i)}
-            self.silent.add(self.pad)
+            ids = filter(self.model.is_control, range(len(self.model)))
+            self.controls = {self.model.id_to_piece(i): i for i in (*ids, self.pad)}
             ends = [self.model.eos_id()]
         self.size = len(self.model)
         self.template = template or self.guess(beside)
         row = TEMPLATES[self.template]
-        for name in row.controls:
-            if self.control(name) is None:
-                raise BadInput(f"{self.path}: has no {name}, so its turns are not {self.template}")
-        ids = [self.control(end) if isinstance(end, str) else end for end in (row.end, *ends)]
-        ids = [i for i in ids if isinstance(i, int) and i in self.silent]
-        if not ids:
+        if missing := row.controls - self.controls.keys():
+            raise BadInput(
+                f"{self.path}: has no {', '.join(missing)}, so its turns are not {self.template}"
+            )
+        known = self.controls | {i: i for i in self.controls.values()}
+        ends = [known[end] for end in (row.end, *ends) if end in known]
+        self.stops = tuple(dict.fromkeys(ends))  # any of them ends an answer
+        if not self.stops:
             raise BadInput(
                 f"{self.path}: nothing says which token ends an answer; put the "
                 f"{' or '.join(ENDS)} that belongs to it beside it"
             )
-        self.eos = ids[0]
-        self.stops = tuple(dict.fromkeys(ids))  # any of them ends an answer
-        if self.path.endswith(".json"):
+        self.eos = self.stops[0]  # the one of them that we put
+        if isinstance(self.model, BPE):
             ends = json.dumps({"eos_token_id": self.stops})
             self.files["generation_config.json"] = ends.encode()
-
-    def control(self, name):
-        """The id of a control token; None where there is none of this name."""
-        if isinstance(self.model, BPE):
-            return self.model.special.get(name)
-        found = self.model.piece_to_id(name)
-        return found if self.model.is_control(found) else None
 
     def guess(self, folder):
         """The first row whose control tokens are there, and whose system turn stands in the folder's own template."""
@@ -79,7 +72,7 @@ class Tokenizer:
             if (folder / name).is_file():
                 own += whole(folder / name).decode(errors="replace")
         for name, row in TEMPLATES.items():
-            if row.system in own and None not in map(self.control, row.controls):
+            if row.system in own and row.controls <= self.controls.keys():
                 return name
         return "vicuna"
 
@@ -94,8 +87,8 @@ class Tokenizer:
 
     def decode(self, ids):
         """Text of the ids; placeholders, special ids and those beyond the vocabulary say nothing."""
-        said = [int(i) for i in ids if 0 <= i < self.size and i not in self.silent]
-        return self.model.decode(said)
+        silent = set(self.controls.values())
+        return self.model.decode([int(i) for i in ids if 0 <= i < self.size and i not in silent])
 
 
 def find(path):
@@ -113,31 +106,21 @@ def find(path):
     )
 
 
-def read_sentencepiece(path, content):
+def read_model(path):
+    kind = "sentencepiece model with BOS and EOS"
     try:
-        model = sentencepiece.SentencePieceProcessor(model_proto=content)
-        if min(model.bos_id(), model.eos_id()) < 0:
-            raise ValueError
+        if path.endswith(".json"):
+            kind = "byte-level BPE as it is read here"
+            return BPE(read_json(path, LARGEST))
+        model = sentencepiece.SentencePieceProcessor(model_proto=whole(path))
+        assert min(model.bos_id(), model.eos_id()) >= 0, "one is missing"
         return model
-    except (RuntimeError, ValueError, TypeError) as e:
-        raise BadInput(
-            f"{path}: is not a sentencepiece model with BOS and EOS; "
-            "name LLaMA's tokenizer.model, or a tokenizer.json"
-        ) from e
-
-
-def read_bpe(path):
-    """The tokenizer, and what the files beside it say of the tokens that end an answer."""
-    d = read_json(path, LARGEST)
-    try:
-        return BPE(d), named_ends(Path(path).parent)
     except BadInput:
         raise
-    except Exception as e:  # whatever a stranger's values lead to
-        what = str(e) if isinstance(e, AssertionError) else f"{type(e).__name__}: {e}"
+    except Exception as e:  # whatever a library or a stranger's values lead to
+        why = str(e) if isinstance(e, AssertionError) else f"{type(e).__name__}: {e}"
         raise BadInput(
-            f"{path}: is no byte-level BPE as it is read here ({what[:150]}); "
-            "name another tokenizer with --tokenizer"
+            f"{path}: is not a {kind} ({why[:150]}); name another with --tokenizer"
         ) from None
 
 
@@ -146,12 +129,9 @@ def named_ends(folder):
     ends = []
     for name, key in ENDS.items():
         if (folder / name).is_file():
-            d = read_json(folder / name)
-            said = (d.get("text_config") or d).get(key)
-            if isinstance(said, dict):
-                said = said.get("content")
+            said = read_json(folder / name).get(key)
             ends += said if isinstance(said, list) else [said]
-    return ends
+    return [end for end in ends if isinstance(end, (str, int))]
 
 
 def encode_prompt(tokenizer, text, visual, bos=True):
@@ -162,7 +142,7 @@ def encode_prompt(tokenizer, text, visual, bos=True):
         if part == HERE:
             ids += [IMAGE] * visual
         elif part.startswith(CONTROL):
-            ids.append(tokenizer.control(part.removeprefix(CONTROL)))
+            ids.append(tokenizer.controls[part.removeprefix(CONTROL)])
         else:
             ids += tokenizer.encode(part)
     return ids

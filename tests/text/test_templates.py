@@ -104,7 +104,7 @@ def test_turns_are_those_of_transformers_and_targets_what_is_said_and_its_end(ro
     theirs = transformers.AutoTokenizer.from_pretrained(folders[row])
     tokenizer = Tokenizer(folders[row], None if row != "iaa" else "iaa")
     assert tokenizer.template == row
-    end = tokenizer.control(TEMPLATES[row].end)
+    end = tokenizer.controls[TEMPLATES[row].end]
     shown = [("", ""), (f"{PICTURE}\n", "<image>\n")][: 1 + (row == "iaa")]
     for talk in talks():
         for theirs_mark, mark in shown:
@@ -135,7 +135,7 @@ def test_what_somebody_writes_is_no_control_token_and_ends_no_turn(row, folders)
         CONTROL,
         *(CONTROL + name for name in tokenizer.model.special),
     ]
-    controls = lambda ids: [i for i in ids if i in tokenizer.silent]
+    controls = lambda ids: [i for i in ids if i in tokenizer.controls.values()]
     calm, loud = (
         encode_turns(
             tokenizer,
