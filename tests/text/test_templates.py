@@ -127,6 +127,22 @@ def test_turns_are_those_of_transformers_and_targets_what_is_said_and_its_end(ro
             assert said[:-1] == [tokenizer.encode(clean(a)) + [end] for _, a in talk]
 
 
+def test_an_answer_is_tokenised_apart_from_its_prompt_as_it_is_when_the_model_speaks(folders):
+    tokenizer = Tokenizer(folders["qwen2.5"])
+    theirs = transformers.AutoTokenizer.from_pretrained(folders["qwen2.5"])
+    talk = [("list", "\n\nmilk")]
+    asked = to_turns(Record("x", [], turns=talk), "chat", "", "", "qwen2.5", [])
+    tokens, targets = encode_turns(tokenizer, asked, 1)
+    assert (
+        tokens[: targets.index(tokenizer.encode("\n\n")[0]) + 1]
+        == encode_turns(tokenizer, [(asked[0][0], None)], 1)[0]
+    )
+    want = written(theirs, "qwen2.5", talk, "")[: len(tokens)]
+    assert tokens != want and tokenizer.decode(tokens) == theirs.decode(
+        want, skip_special_tokens=True
+    )
+
+
 @pytest.mark.parametrize("row", MODELS)
 def test_what_somebody_writes_is_no_control_token_and_ends_no_turn(row, folders):
     tokenizer = Tokenizer(folders[row], row)
