@@ -116,6 +116,7 @@ def test_which_tokens_end_an_answer_is_read_beside_it_and_kept_by_what_is_saved(
         write(tmp_path / "ckpt" / name, content)
     again = Tokenizer(tmp_path / "ckpt", tokenizer.template)
     assert again.stops == tokenizer.stops and again.encode("what?") == tokenizer.encode("what?")
+    assert Tokenizer(bpe.folder(tmp_path / "bare")).stops == (902,)  # the template's own
     plain = bpe.folder(tmp_path / "plain", specials=[])
     with pytest.raises(BadInput, match="nothing says which token ends an answer; put"):
         Tokenizer(plain)
