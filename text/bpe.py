@@ -77,7 +77,7 @@ class BPE:
         kinds = [model.get("type", "BPE"), *(step["type"] for step in steps)]
         assert kinds[0] == "BPE" and kinds[-1] == "ByteLevel", f"it is {' behind '.join(kinds)}"
         assert not model.get("end_of_word_suffix"), "it marks the ends of words"
-        self.normalizer = d["normalizer"]
+        self.normalizer = d.get("normalizer")
         assert self.normalizer in (None, {"type": "NFC"}), f"its normalizer is {self.normalizer}"
         self.splits = [re.compile(f"({translated(split_of(step))})") for step in steps]
         self.special = {t["content"]: t["id"] for t in d["added_tokens"] if t["special"]}
@@ -92,7 +92,7 @@ class BPE:
         self.pieces |= {t["id"]: as_letters(t["content"]) for t in d["added_tokens"]}
         assert all(type(i) is int and 0 <= i < 2**24 for i in self.pieces), "an id is out of range"
         self.bos = None  # what the library puts in front of a text
-        for step in parts(d["post_processor"], "processors"):
+        for step in parts(d.get("post_processor"), "processors"):
             if step["type"] == "TemplateProcessing":
                 self.bos = self.special.get(step["single"][0].get("SpecialToken", {}).get("id"))
         self.cache = {}
