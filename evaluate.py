@@ -5,6 +5,7 @@
     torchrun --nproc_per_node 8 evaluate.py --ckpt out/stage3 --data recipes/vqav2.toml --batch 16
     python evaluate.py --ckpt llava-1.5-7b-hf/ --pope coco_pope_random.json --images val2014/ --task chat
     python evaluate.py --ckpt out/stage3 --mme MME_Benchmark_release_version/
+    python evaluate.py --ckpt out/stage3 --task choice --data MMStar.tsv --by likelihood
 
 Answers are written as they come (--out, predictions.*.jsonl), so that a run that was stopped goes on when
 it is started again. In the end they are one predictions.jsonl, with scores.json and the files that test
@@ -30,7 +31,7 @@ import time
 import zlib
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -45,9 +46,11 @@ from tqdm import tqdm
 import sample
 import toy
 import weights
-from data import Data, some
+from data import Data, collate, some
 from formats import Record, load_mixture
-from model import IMAGE
+from formats.choice import Choice
+from formats.pictures import peek, upright
+from model import IGNORE, IMAGE
 from support import drawing, metrics
 from support.commands import few, positive, run
 from support.errors import BadInput
@@ -60,13 +63,16 @@ from text.boxes import parse_box, parse_box_released
 from text.templates import CONTROL, MARK, TASKS, prompt
 
 TOY = "out/toy/heldout.toml"
+TOY_CHOICE = "out/toy/heldout/choice.tsv"
 # what LLaVA-1.5 adds to yes-or-no questions
 SHORTLY = "\nAnswer the question using a single word or phrase."
 ALONE = Ranks(0, 1, torch.device("cpu"))
 PROTOCOLS = (*metrics.PROTOCOLS, *metrics.EXACT)
 OCR_VQA = {"max_new_tokens": 100}  # as InfMLLM asks it
 SHEET = 8  # wrong answers on the contact sheet, and as many right ones
-KEPT = ("question_id", "image_id", "img_name", "sent_id", "key", "label", "subtask", "picture")
+KEPT = tuple(
+    "question_id image_id img_name sent_id key label subtask picture index options".split()
+)
 # what stands around a question in its prompt
 FRAME = re.compile(
     rf".*(<ImageHere>|USER:|{CONTROL}\S+user\S*\n)|ASSISTANT:|Short (answer|caption|phrase):|Question:"
@@ -96,6 +102,10 @@ class Exam:
 
 
 def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None, protocol=None):
+    if task == "choice":
+        source = Choice(data)
+        record = partial(one_turn, source.read, tokenizer.template)
+        return [Exam(Path(data).stem, "chat", "choice", len(source), record)]
     if benchmark:
         read_questions, *_ = BENCHMARKS[benchmark]
         rows = read_questions(data, images)
@@ -125,6 +135,21 @@ def open_exams(model, tokenizer, data, task=None, benchmark=None, images=None, p
         exam.folder = s.images and s.path("images")
         exams.append(exam)
     return exams
+
+
+def one_turn(read, template, number):
+    """A record of multiple choice, asked in a conversation of one turn."""
+    record = read(number)
+    images = [upright(peek(ref, record.where)) for ref in record.refs]
+    marks = "\n".join([MARK] * len(images))
+    return replace(
+        record,
+        source=Path(record.where.split(": row")[0]).stem,
+        number=number,
+        images=images,
+        size=images[0].size,
+        turns=[(prompt("chat", record.text, marks, template), record.answers)],
+    )
 
 
 def yes_or_no(name, task, rows, template, number):
@@ -184,7 +209,7 @@ def read_mme(path, images):
 # Answers
 
 
-def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks):
+def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks, by="answer"):
     """Write this rank's answers into a file of its own, but for those that are on disk already."""
     done = {
         key(r): to_lines([r | {"said": None}]) for r in read_rows(folder) if "unreadable" not in r
@@ -229,13 +254,39 @@ def answer_exams(exams, model, tokenizer, folder, batch, asked, ranks):
                 pad = TASKS[exam.task].pad
                 own = OCR_VQA if exam.protocol == "ocrvqa" and not asked["max_new_tokens"] else {}
                 settings = sample.decoding(exam.task, asked | own)
-                answers = sample.generate(model, tokenizer, images, tokens, pad, **settings)
+                if by == "likelihood":
+                    answers = likeliest(model, tokenizer, images, tokens, rows)
+                else:
+                    answers = sample.generate(model, tokenizer, images, tokens, pad, **settings)
                 for r, said in zip(rows, answers):
                     r["said"] = said
                     right.append(is_right(r, exam.kind, exam.protocol))
                 file.write(to_lines(rows))
                 file.flush()
                 bar.set_postfix_str(f"right so far {sum(right) / len(right):.1%}", refresh=False)
+
+
+@torch.inference_mode()
+def likeliest(model, tokenizer, images, tokens, rows):
+    """For each prompt the letter of an option that the model finds likeliest as its answer."""
+    c = model.config
+    letters = []
+    for pictures, ids, r in zip(images, tokens, rows):
+        shown = [sample.square(picture, c.vit.image_size, True) for picture in pictures]
+        samples = []
+        for letter in r["options"]:
+            said = tokenizer.encode(letter)
+            targets = [IGNORE] * (len(ids) - 1) + said
+            samples.append(
+                ((ids + said)[:-1], targets, [p.permute(1, 2, 0).numpy() for p in shown])
+            )
+        batch = collate(samples, tokenizer.pad, c.visual_tokens, c.vit.image_size, 1)
+        batch = batch.to(model.llm.embed.weight.device)
+        logits = model(batch.images, batch.tokens).float()  # (options, T, V)
+        log_p = logits.log_softmax(-1).gather(2, batch.targets.clamp(min=0)[:, :, None])[:, :, 0]
+        score = (log_p * (batch.targets != IGNORE)).sum(1)
+        letters.append(list(r["options"])[score.argmax()])
+    return letters
 
 
 def questions_of(record, tokenizer, config):
@@ -314,6 +365,8 @@ def is_right(r, kind, protocol="vqav2"):
     if kind in BENCHMARKS:
         _, read_answer, *_ = BENCHMARKS[kind]
         return read_answer(said) == truth[0]
+    if kind == "choice":
+        return metrics.choice_letter(said, r["options"]) in truth
     if kind in ("caption", "region"):
         return any(parts(said) == parts(text) for text in truth)
     if kind == "ground":
@@ -346,6 +399,8 @@ def overlap(r, read=parse_box):
 def measure(rows, kind, protocol):
     """{metric: a score for each row}, the metric that counts first."""
     right = [is_right(r, kind, protocol) for r in rows]
+    if kind == "choice":
+        return {"accuracy (choice)": right}
     if kind in ("caption", "region"):
         cider = metrics.cider(*columns(rows, "said", "truth"))
         return {"CIDEr-D": cider, "exact, any order": right}
@@ -378,6 +433,8 @@ def score(rows, kind, protocol="vqav2"):
     if kind in BENCHMARKS:
         *_, score_all, names = BENCHMARKS[kind]
         return score_all(*columns(rows, *names))
+    if kind == "choice":
+        rows = whole_questions(rows)
     found = measure(rows, kind, protocol)
     lines = [(metric, *metrics.mean(values)) for metric, values in found.items()]
     first, *_ = found.values()
@@ -386,6 +443,18 @@ def score(rows, kind, protocol="vqav2"):
         own = [value for value, r in zip(first, rows) if r["type"] == name]
         lines.append((f"  {name}", *metrics.mean(own)))
     return lines
+
+
+def whole_questions(rows):
+    """MMBench asks a question with its options in turn, in rows whose index is the same modulo a million: one
+    question, which is right where all of them are."""
+    groups = {}
+    for r in rows:
+        index = int(r["index"]) % 10**6 if r["index"].isdecimal() else r["index"]
+        groups.setdefault(index, []).append(r)
+    return [
+        next((r for r in group if not is_right(r, "choice")), group[0]) for group in groups.values()
+    ]
 
 
 def submission(rows, kind, format=""):
@@ -491,6 +560,7 @@ def evaluate(
     ranks=ALONE,
     benchmark=None,
     images=None,
+    by="answer",
 ):
     """Answers, scores and files of a data set -> {source: [(metric, score, count)]}, on rank 0.
 
@@ -514,8 +584,9 @@ def evaluate(
         batch=batch,
         task=task,
         **asked,
+        by=by,
     )
-    answer_exams(exams, model, tokenizer, folder, batch, asked, ranks)
+    answer_exams(exams, model, tokenizer, folder, batch, asked, ranks, by)
     ranks.sum(0)  # waits until all have answered
     if ranks.rank:
         return {}
@@ -565,7 +636,18 @@ def parse(argv=None):
     one("--pope", help="a POPE file instead, with its pictures in --images")
     one("--mme", help="MME's folder instead")
     flag("--images", str, "folder of POPE's pictures")
-    flag("--task", TASKS, "only the sources of this task; with --pope and --mme vqa or chat")
+    flag(
+        "--task",
+        (*TASKS, "choice"),
+        "only the sources of this task; with --pope and --mme vqa or chat; choice: --data is a TSV of "
+        "VLMEvalKit's",
+    )
+    flag(
+        "--by",
+        ("answer", "likelihood"),
+        "of choice: by the letter in the answer, or by the letter that the model finds likeliest",
+        "answer",
+    )
     flag("--limit", positive, "a random sample of so many records of each source, always the same")
     flag("--batch", few, "samples a rank decodes together; default 8", 8)
     flag(
@@ -584,6 +666,10 @@ def parse(argv=None):
             raise BadInput(f"--task {args.task}: yes-or-no questions are asked as vqa or chat")
     elif not args.data:
         args.data = TOY
+    if args.by == "likelihood" and args.task != "choice":
+        raise BadInput("--by likelihood belongs to --task choice")
+    if args.task == "choice" and args.data == TOY:
+        args.data = TOY_CHOICE
     if args.images and not args.pope:
         raise BadInput("--images belongs to --pope; a mixture names its own")
     return args
@@ -594,8 +680,8 @@ def main(argv=None):
     ranks = setup_ranks(args.device, timeout=24 * 3600)  # they do not finish together
     path = weights.find(newest()) if not args.ckpt else Path(args.ckpt)
     model, tokenizer = load_model(path, args.tokenizer, ranks.device, args.dtype, args.branch)
-    if args.data == TOY:
-        if ranks.rank == 0 and not Path(TOY).exists():
+    if args.data in (TOY, TOY_CHOICE):
+        if ranks.rank == 0 and not Path(args.data).exists():
             print("drawing the toy world in out/toy", file=sys.stderr)
             toy.write("out/toy")
         ranks.sum(0)  # the others wait until it is drawn

@@ -13,6 +13,8 @@ A scene is a pure function of (seed, split, number). The splits never meet:
                     pairs among them, as Vicuna has read about things that no stage will show it
 """
 
+import base64
+import csv
 import io
 import json
 import os
@@ -377,6 +379,31 @@ def records(scene, seed):
         yield "regions", thing | {"sentences": said}
 
 
+def choice(scene, seed):
+    """A question of multiple choice about a scene, a row of choice.tsv: a colour or a shape out of four."""
+    rng = rng_of("choice", seed, scene.split, scene.number)
+    possible = {"colour": list(COLOURS), "shape": list(SHAPES)}
+    asked = [one for one in questions(scene, rng) if one[0] in possible]
+    if not asked:
+        return None
+    kind, question, answer = rng.choice(asked)
+    others = [text for text in possible[kind] if text != answer]
+    options = dict(zip("ABCD", rng.sample([answer, *rng.sample(others, 3)], 4)))
+    row = {"index": scene.number, "question": question, "category": kind, **options}
+    row["answer"] = next(letter for letter, text in options.items() if text == answer)
+    png = io.BytesIO()
+    draw(scene).save(png, "PNG")
+    return row | {"image": base64.b64encode(png.getvalue()).decode()}
+
+
+def write_choices(path, seed, split, count):
+    columns = ("index", "image", "question", *"ABCD", "answer", "category")
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, columns, delimiter="\t", lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(filter(None, (choice(scene(seed, split, n), seed) for n in range(count))))
+
+
 def write_split(folder, seed, count):
     """Pictures, one by one and in tars, and the annotations of a split's first `count` scenes."""
     split = folder.name
@@ -424,7 +451,7 @@ def made_as(out):
 def write(out, seed=0, scenes=10_000):
     """The world at `out`, whole or not at all: written beside it and renamed. -> whether it had to be."""
     out = Path(out)
-    made = {"seed": seed, "scenes": scenes, "version": 2}
+    made = {"seed": seed, "scenes": scenes, "version": 3}
     there = made_as(out)
     if there == made:
         return False
@@ -434,6 +461,7 @@ def write(out, seed=0, scenes=10_000):
     shutil.rmtree(part, ignore_errors=True)
     for split in SPLITS:
         write_split(part / split, seed, scenes if split == "train" else min(500, scenes))
+    write_choices(part / "heldout/choice.tsv", seed, "heldout", min(500, scenes))
     for name, (split, weights) in MIXTURES.items():
         write_mixture(part / f"{name}.toml", split, weights)
     (part / "toy.json").write_text(json.dumps(made))

@@ -226,6 +226,40 @@ def short_answer_scores(predictions, answers, protocol):
 
 
 # ---------------------------------------------------------------------------------------------------
+# Multiple choice
+
+REFUSALS = (
+    "Sorry, I can't help with images of people yet.",
+    "I can't process this file.",
+    "I'm sorry, but without the image provided",
+    "Cannot determine the answer",
+)
+VERBOSE = re.compile(r"(?:correct\s+)?answer\s+is\s+\**([ABCD])\**", re.IGNORECASE)
+
+
+def choice_letter(text, options):
+    """The option that an answer names, None where it names none: VLMEvalKit's matching, as of August 2026.
+
+    The one letter that stands alone, among the last four words; else the letter in "the answer is B"; else the one
+    option whose text stands in it, where the answer is not much longer than the options."""
+    if any(words in text for words in REFUSALS):
+        return None
+    words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()
+    named = [letter for letter in options if letter in words]
+    if len(named) == 1 and words.index(named[0]) > len(words) - 5:
+        return named[0]
+    if not named and "Z" in words:  # how a judge says: none of them
+        return None
+    said = VERBOSE.search(text)
+    if said and said[1].upper() in options:
+        return said[1].upper()
+    if len(text) > 2 * sum(map(len, options.values())):
+        return None
+    named = [letter for letter, option in options.items() if option.lower() in text.lower()]
+    return named[0] if len(named) == 1 else None
+
+
+# ---------------------------------------------------------------------------------------------------
 # Boxes
 
 
