@@ -94,16 +94,21 @@ def export_llama(model, path):
     turned = {name: theirs for theirs, name in llama_table(c).items() if name}
     state = {theirs: ours[name] for name, (theirs,) in match(ours, turned).items()}
     save_tensors(state, path / "model.safetensors")
+    (path / "config.json").write_text(json.dumps(hf_config(model), indent=2))
+
+
+def hf_config(model):
+    """The config.json of a language model as Hugging Face writes it."""
+    c = model.config
     family = "llama"  # Mistral is this, with grouped queries
     if c.qk_norm:
         family = "qwen3"
     elif c.qkv_bias and not c.o_bias:
         family = "qwen2"
     config = ONLY | {theirs: getattr(c, name) for theirs, name in FIELDS.items()}
-    config |= {
+    return config | {
         "model_type": family,
         "architectures": [f"{family.capitalize()}ForCausalLM"],
         "rope_scaling": c.rope or None,
         "torch_dtype": str(model.embed.weight.dtype).removeprefix("torch."),
     }
-    (path / "config.json").write_text(json.dumps(config, indent=2))
