@@ -15,7 +15,9 @@ import torch
 
 from support.commands import Parser, run
 from support.errors import BadInput
+from support.files import whole
 from support.start import load_model
+from text.bpe import BPE
 from weights.files import save_tensors
 from weights.llama import LLAMA, export_llama, hf_config
 from weights.llava import ONLY, PROJECTOR
@@ -55,7 +57,8 @@ def export(model, tokenizer, path):
 
 
 def copy_tokenizer(tokenizer, folder):
-    (folder / Path(tokenizer.path).name).write_bytes(tokenizer.bytes)
+    for name, content in tokenizer.files.items():
+        (folder / name).write_bytes(content)
 
 
 def export_llava(model, path, tokenizer):
@@ -124,20 +127,77 @@ def write_processor(path, v, tokenizer, image_id):
         "vision_feature_select_strategy": "default",
     }
     write(path / "processor_config.json", processor)
-    copy_tokenizer(tokenizer, path)
-    special = {"content": IMAGE, "special": True}
+    special = {"id": image_id, "content": IMAGE, "special": True}
     special |= dict.fromkeys(("lstrip", "rstrip", "normalized", "single_word"), False)
-    words = {
-        "tokenizer_class": "LlamaTokenizer",
-        "legacy": True,  # each side of a picture is tokenised apart
-        "add_bos_token": True,
-        "bos_token": "<s>",
-        "eos_token": "</s>",
-        "unk_token": "<unk>",
-        "pad_token": "<unk>",
-        "added_tokens_decoder": {str(image_id): special},
+    words = tokenizer_json(tokenizer)
+    words["added_tokens"].append(special)
+    write(path / "tokenizer.json", words)
+    own = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": next(name for name, n in tokenizer.controls.items() if n == tokenizer.eos),
     }
-    write(path / "tokenizer_config.json", words)
+    write(path / "tokenizer_config.json", own)
+
+
+def tokenizer_json(tokenizer):
+    """The tokenizer as the `tokenizers` library has it."""
+    if isinstance(tokenizer.model, BPE):
+        return json.loads(whole(tokenizer.path))
+    model = tokenizer.model
+    pieces = [model.id_to_piece(n) for n in range(len(model))]
+    vocab = {piece: n for n, piece in enumerate(pieces)}
+    rank = {piece: -model.get_score(n) for piece, n in vocab.items()}
+    merges = []  # every way to make a piece of two others, the likeliest piece first
+    for piece in sorted(pieces, key=rank.get):
+        halves = [(piece[:n], piece[n:]) for n in range(1, len(piece))]
+        merges += [pair for pair in halves if pair[0] in vocab and pair[1] in vocab]
+    words = {
+        "type": "Metaspace",
+        "replacement": "\u2581",
+        "prepend_scheme": "always",
+        "split": False,
+    }
+    special = [
+        {"id": n, "content": name, "special": True, "lstrip": False, "rstrip": False}
+        | {"normalized": False, "single_word": False}
+        for name, n in tokenizer.controls.items()
+    ]
+    bos = pieces[tokenizer.bos]
+    return {
+        "version": "1.0",
+        "added_tokens": special,
+        "normalizer": None,
+        "pre_tokenizer": words,
+        "post_processor": {
+            "type": "TemplateProcessing",
+            "single": [
+                {"SpecialToken": {"id": bos, "type_id": 0}},
+                {"Sequence": {"id": "A", "type_id": 0}},
+            ],
+            "pair": [
+                {"Sequence": {"id": "A", "type_id": 0}},
+                {"Sequence": {"id": "B", "type_id": 0}},
+            ],
+            "special_tokens": {bos: {"id": bos, "ids": [tokenizer.bos], "tokens": [bos]}},
+        },
+        "decoder": {
+            "type": "Sequence",
+            "decoders": [
+                {"type": "Replace", "pattern": {"String": "\u2581"}, "content": " "},
+                {"type": "ByteFallback"},
+                {"type": "Fuse"},
+                {"type": "Strip", "content": " ", "start": 1, "stop": 0},
+            ],
+        },
+        "model": {
+            "type": "BPE",
+            "vocab": vocab,
+            "merges": merges,
+            "unk_token": pieces[model.unk_id()],
+            "fuse_unk": True,
+            "byte_fallback": True,
+        },
+    }
 
 
 def write(path, content):
