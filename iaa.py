@@ -19,6 +19,8 @@ from model import InfMLLM, Llama, LlamaConfig, LlamaLayer, RMSNorm
 class Branch(nn.Module):
     """What is trained and saved: the layers that run after the base's layers `after`, and the ends."""
 
+    tune = "inner"
+
     def __init__(self, c: LlamaConfig, name, after, adapter):
         super().__init__()
         assert name.isidentifier(), f"a branch's name is a word such as mm, not {name!r}"
@@ -28,11 +30,15 @@ class Branch(nn.Module):
         )
         self.name = name
         self.after = list(after)
+        self.described = {"name": name, "after": self.after}
         self.embed = nn.Embedding.from_pretrained(torch.empty(c.vocab, c.width), freeze=False)
         self.layers = nn.ModuleList(LlamaLayer(c) for _ in after)
         self.norm = RMSNorm(c.width, c.eps)
         self.lm_head = None if c.tied else nn.Linear(c.width, c.vocab, bias=False)
         self.adapter = adapter
+
+    def __str__(self):
+        return f"the branch {self.name} after {self.after}"
 
 
 class BranchedLlama(Llama):

@@ -146,7 +146,7 @@ class Settings(Stage):
 
     stage: int
     preset: str
-    tune: str  # none, qv, full or inner
+    tune: str  # none, qv, full, inner or lora
     dtype: str
     out: Path
     start: Path | None = None  # the checkpoint that the weights come from
@@ -162,6 +162,8 @@ class Settings(Stage):
     accum: int = 0  # micro-batches per rank and update; 0: as many as `rows` asks for
     branch: str | None = None
     inner_layers: list | None = None
+    rank: int | None = None
+    lora_on: list | None = None
     seed: int = 0
     workers: int = 1
     shard: bool = False
@@ -180,7 +182,7 @@ class Settings(Stage):
 # the settings that a checkpoint stores: a resumed run keeps them, and refuses other values
 LASTING = tuple(
     "preset data steps batch lr warmup weight_decay image_size grid "
-    "adapter template seed dtype tune branch inner_layers".split()
+    "adapter template seed dtype tune branch inner_layers rank lora_on".split()
 )
 
 
@@ -207,8 +209,7 @@ def resolve(args, stage, world):
 
     known = {knob.name for knob in fields(Settings)}
     given = {k: v for k, v in vars(args).items() if v is not None and k in known}
-    if tune != "inner" and {"branch", "inner_layers"} & set(given):
-        raise BadInput("--branch and --inner-layers describe what --tune inner trains; add it")
+    start.flags_of_another(tune, given)
     if args.lr:
         given["lr"] = row["lr"]
     lasting = {key: stored[key] for key in LASTING if key in stored}
@@ -258,9 +259,11 @@ def split_batch(s, world):
 
 def peak_rates(table, stage, tune, given):
     """{part that trains: peak learning rate}: the one given, or the row's; an LLM that the row leaves frozen
-    has stage 3's."""
+    has stage 3's, and low-rank matrices ten times that."""
     rates = {"llm": table[3].lr["llm"]} | table[stage].lr
-    frozen = {"none": "llm", "inner": "vit"}.get(tune)
+    if tune == "lora":
+        rates["llm"] = 10 * table[3].lr["llm"]
+    frozen = {"none": "llm", "inner": "vit", "lora": "vit"}.get(tune)
     trained = [part for part in PARTS if part in rates and part != frozen]
     for part in given:
         if part not in ("", *trained):
@@ -348,12 +351,13 @@ def flags():
     flag("--weight-decay", amount, f"AdamW's, of matrices only{by_stage('weight_decay')}")
     flag("--image-size", few, "pixels per side; default: see --stages")
     flag("--grid", positive, "P: an image becomes P x P visual tokens; default: the preset's")
-    kinds = (*TUNE.values(), "inner")
+    kinds = (*TUNE.values(), "inner", "lora")
     flag(
         "--tune",
         kinds,
         "what of the LLM trains; default: none, qv, full in stages 1, 2, 3; inner: the layers, ends "
-        "and adapter of a branch, and nothing of the model it is added to",
+        "and adapter of a branch, and nothing of the model it is added to; lora: low-rank matrices "
+        "beside the LLM's own, and the adapter",
     )
     flag("--branch", str, "with --tune inner: the branch's name; default: --init's, or mm")
     flag(
@@ -361,6 +365,12 @@ def flags():
         layers,
         "with --tune inner: after which layers one of its own runs (0,1,5,6); default: all, "
         "of 32 those of IAA",
+    )
+    flag("--rank", positive, "with --tune lora: of its matrices; default 16")
+    flag(
+        "--lora-on",
+        start.lora_matrices,
+        "with --tune lora: beside which of q, k, v, o, gate, up, down of every layer; default q,v",
     )
     flag(
         "--adapter",
@@ -508,7 +518,7 @@ def train(args, stage, ranks):
 
     # ---- onto the device, optimizer --------------------------------------------------------------
     run = Run(s, ranks, model, tokenizer, data, held_out)
-    if s.tune == "inner":
+    if s.tune in start.TUNED:
         run.base = start.branch_base(s, model, tokenizer, origins, say=first)
     place(run)
     run.optimizer = make_optimizer(model, s)
@@ -1014,7 +1024,8 @@ def next_command(args, s, step):
     if s.stage == 3:
         print(f"next: python sample.py --ckpt {s.out} --image PICTURE")
     elif args.stage != "all":
-        tuned = f" --tune inner --branch {s.branch}" if s.tune == "inner" else ""
+        branch = f" --branch {s.branch}" if s.branch else ""
+        tuned = f" --tune {s.tune}{branch}" if s.tune in start.TUNED else ""
         if named:
             named = f" --init {s.out} --out {s.out.with_name(f'stage{s.stage + 1}')}"
         data = "" if s.data.startswith("out/toy/") else " --data MIXTURE.toml"
@@ -1110,7 +1121,7 @@ def main(argv=None):
 
 
 def fork():
-    """The last line of a fork's own file: `python -m examples.lora train FLAGS`, or sample, or evaluate."""
+    """The last line of a fork's own file: `python -m examples.gain train FLAGS`, or sample, or evaluate."""
     name, *argv = sys.argv[1:] or [""]
     if name == "train":
         code = main(argv)

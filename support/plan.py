@@ -3,6 +3,7 @@
 import torch
 
 import model as models
+from lora import LowRank
 from model import PARTS
 
 GIB = 2**30
@@ -54,10 +55,14 @@ def activations(model, s):
             numbers = 2 * D + 2 * q_width + 2 * kv_width + 3 * c.llm.mlp
             if c.llm.qk_norm:
                 numbers += q_width + kv_width
-            if trains(layer.q):
+            if trains(layer.q) or trains(layer.k) or trains(layer.v):
+                numbers += D
+            if trains(layer.gate) or trains(layer.up):
                 numbers += D
             if trains(layer.down):
-                numbers += D + c.llm.mlp
+                numbers += c.llm.mlp
+            lows = [m for m in layer.modules() if isinstance(m, LowRank)]
+            numbers += sum(low.down.out_features for low in lows)
             kept.append(tokens * numbers)
             inputs += tokens * D
         elif trains(layer.fc1):
@@ -93,12 +98,13 @@ def memory(model, s, world=1):
     }
 
 
-def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0):
+def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0, rank=0, on=()):
     """FLOPs of one image-text pair by part: the forward pass; with a stage also its gradients.
 
     A multiply-add is two. Causal attention is counted at the half that it needs. Gradients: as much as
     the forward pass for what flows through (dX), as much again for weights that train (dW).
     Recomputation is not counted. tune "inner": `inner` layers are added to the LLM; they and its ends train.
+    tune "lora": matrices of this rank train beside those named `on` of every layer.
     """
     v, l = c.vit, c.llm
     layers = l.layers + inner
@@ -111,24 +117,28 @@ def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0):
     q_width, kv_width = l.heads * l.head_dim, l.kv_heads * l.head_dim
     qv = 2 * T * l.width * (q_width + kv_width)
     layer = 2 * T * l.width * (2 * q_width + 2 * kv_width + 3 * l.mlp)
+    ends = {name: l.width + l.mlp for name in ("gate", "up", "down")}  # of a matrix: both its sides
+    ends |= dict.fromkeys("qo", l.width + q_width) | dict.fromkeys("kv", l.width + kv_width)
+    low = 2 * T * rank * sum(ends[name] for name in on)
     attention = 2 * T * T * q_width
     head = 2 * supervised * l.width * l.vocab
     parts = {
         "vit": vit,
         "adapter": adapter_in + adapter_out,
-        "llm": layers * (layer + attention),
+        "llm": layers * (layer + low + attention),
         "head": head,
     }
     if stage is None:
         return parts
     tune = tune or models.TUNE[stage]
-    vit_trains = stage == 2 and tune != "inner"
+    vit_trains = stage == 2 and tune not in ("inner", "lora")
     if vit_trains:
         parts["vit"] += 2 * vit - patch_embed  # pixels need no gradient
     to_patches = vit_trains or c.ln_vision  # the gradient flows on through fc1
     parts["adapter"] += 2 * adapter_out + adapter_in * (2 if to_patches else 1)
     trained = {"none": 0, "qv": l.layers * qv, "full": l.layers * layer, "inner": inner * layer}
-    parts["llm"] += layers * (layer + 2 * attention) + trained[tune]
+    trained["lora"] = layers * low
+    parts["llm"] += layers * (layer + low + 2 * attention) + trained[tune]
     parts["head"] += head * (2 if tune in ("full", "inner") else 1)
     return parts
 
@@ -141,7 +151,8 @@ def arithmetic(c, s, batch=None):
         images = len(batch.images)
         text = max(0, T - c.visual_tokens)
         supervised = batch.supervised / rows
-    cost = flops(c, text, supervised, s.stage, s.tune, len(s.inner_layers or []))
+    added = (len(s.inner_layers or []), s.rank or 0, s.lora_on or ())
+    cost = flops(c, text, supervised, s.stage, s.tune, *added)
     return images * (cost["vit"] + cost["adapter"]) + rows * (cost["llm"] + cost["head"])
 
 
@@ -183,6 +194,8 @@ def describe(model, s, world, origins, room=None):
     if s.inner_layers:
         after = ", ".join(map(str, s.inner_layers))
         print(f"branch {s.branch}: layers of its own after {after} of the LLM's {c.llm.layers}")
+    if s.rank:
+        print(f"{model.branch} of every layer of the LLM")
     print(f"{'part':<9}{'trained':>10}{'frozen':>10}  {'dtype':<19}{'lr':>8}  from")
     for part, (trained, frozen) in sizes(model).items():
         dtypes = []

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 import iaa
+import lora
 import model as models
 import weights
 from adapter import ADAPTERS
@@ -22,6 +23,7 @@ from support.errors import BadInput
 from support.files import read_json
 from text import Tokenizer
 
+TUNED = {"inner": ("branch", "inner_layers"), "lora": ("rank", "lora_on")}  # settings of a branch
 TOY_START = Path(os.path.relpath(Path(__file__).parent.parent / "assets/toy"))
 
 
@@ -104,7 +106,7 @@ def build(s, say=True, plan=False):
     origins = dict.fromkeys(models.PARTS, origin)
     if s.resumed:
         return base, origins
-    if isinstance(base, iaa.BranchedInfMLLM):
+    if hasattr(base, "branch"):
         return continued_branch(s, base), origins
     origins |= {"vit": s.vit or origin, "llm": s.llm or origin}
     vit = weights.load_vit(s.vit, dtype=None) if s.vit and not plan else base.vit
@@ -124,6 +126,10 @@ def build(s, say=True, plan=False):
         s.branch = s.branch or "mm"
         s.inner_layers = inner_layers(s, llm.config)
         model = iaa.grow(model, s.branch, s.inner_layers)
+    if s.tune == "lora":
+        s.rank = s.rank or 16
+        s.lora_on = s.lora_on or ["q", "v"]
+        model = lora.grow(model, s.rank, s.lora_on, s.seed)
     return model, origins
 
 
@@ -134,7 +140,7 @@ def on_meta(s):
         config, branch = weights.describe(s.start)
     with torch.device("meta"):
         model = models.InfMLLM(config)
-    return iaa.grow(model, **branch) if branch else model
+    return weights.kind_of(branch).grow(model, **branch) if branch else model
 
 
 def adapter_kind(text):
@@ -156,6 +162,14 @@ def adapter_kind(text):
     return name
 
 
+def lora_matrices(text):
+    """An argparse type: names of a layer's matrices, in the layer's order."""
+    named = text.split(",")
+    if not set(named) <= set(lora.MATRICES):
+        raise argparse.ArgumentTypeError(f"{text!r} names others than {', '.join(lora.MATRICES)}")
+    return [name for name in lora.MATRICES if name in named]
+
+
 def shapes(module):
     return {name: p.shape for name, p in module.named_parameters()}
 
@@ -172,20 +186,36 @@ def described(s, like, vit, llm):
         raise BadInput(f"--image-size {s.image_size}, --grid {s.grid}: {e}; take others") from None
 
 
+def tuned_flags(tune):
+    return " and ".join(f"--{name.replace('_', '-')}" for name in TUNED[tune])
+
+
+def flags_of_another(tune, given):
+    """Refuse settings of a branch that --tune does not train."""
+    for other, names in TUNED.items():
+        if tune != other and set(names) & set(given):
+            raise BadInput(
+                f"{tuned_flags(other)} describe what --tune {other} trains; add it, or leave them out"
+            )
+
+
 def continued_branch(s, model):
     """A branch that was trained before, in another stage."""
     branch, c = model.branch, model.config
-    if s.tune != "inner":
+    if s.tune != branch.tune:
         raise BadInput(
-            f"{s.start}: is a branch, {branch.name}; --tune inner trains it on, --init names another start"
+            f"{s.start}: is a branch, {branch.name}; --tune {branch.tune} trains it on, --init names "
+            "another start"
         )
-    other = s.branch not in (None, branch.name) or s.inner_layers not in (None, branch.after)
+    own = dict(zip(TUNED[s.tune], branch.described.values()))
+    other = any(getattr(s, name) not in (None, value) for name, value in own.items())
     if other or s.vit or s.llm:
         raise BadInput(
-            f"{s.start}: has the branch {branch.name} after {branch.after}; leave out --branch, "
-            "--inner-layers, --vit and --llm, or name another --init"
+            f"{s.start}: has {branch}; leave out {tuned_flags(s.tune)}, --vit and --llm, or name "
+            "another --init"
         )
-    s.branch, s.inner_layers = branch.name, branch.after
+    for name, value in own.items():
+        setattr(s, name, value)
     config = described(s, c, c.vit, c.llm)
     return model.resize(config.vit.image_size, config.grid)
 
@@ -208,7 +238,8 @@ def branch_base(s, model, tokenizer, origins, say=True):
         return weights.base_of(s.start) or s.start
     path = s.out / "base"
     if say:
-        weights.save(path, model.base, tokenizer)
+        base = lora.merged(model) if s.tune == "lora" else model.base
+        weights.save(path, base, tokenizer)
         print(f"the base, which the branch's checkpoints name, is written to {path}")
     return path
 
@@ -315,8 +346,8 @@ def open_checkpoint(path, dtype, branch=None):
 
 def with_branch(model, branch, dtype=None):
     """The model with the branch that is saved in a folder, with its own, or, for "none", without one."""
-    own = model.branch.name if isinstance(model, iaa.BranchedInfMLLM) else "none"
-    if branch == "none":
+    own = model.branch.name if hasattr(model, "branch") else "none"
+    if branch == "none" and own != "lora":  # which has taken the base's layers over
         return model.text_model
     if branch == own:
         return model

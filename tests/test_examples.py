@@ -156,20 +156,20 @@ def test_another_loss_is_trained_and_the_plain_one_is_held_out(here):
     assert own[1]["loss"] - plain[1]["loss"] == pytest.approx(1e-4 * z**2, rel=0.01)
 
 
-def test_lora_trains_beside_q_and_v_which_stay(here):
-    follow(here, "lora")
+def test_gains_train_on_top_of_matrices_which_stay(here):
+    follow(here, "gain")
     before, after = tensors(here / "start"), tensors(here / "out/stage2")
-    thin = {name for name in after if ".q.up." in name or ".v.up." in name}
-    assert len(thin) == 4 and all(after[name].any() for name in thin)
-    fresh = {name.replace(".up.", ".down.") for name in thin} | thin
-    for name in after.keys() - fresh:
+    gains = {name for name in after if name.endswith(".gains")}
+    assert {name.split(".")[3] for name in gains} == {"q", "v"} and len(gains) == 4
+    assert all((after[name] != 1).any() for name in gains)
+    for name in after.keys() - gains:
         old = before[name.replace("base.", "")]
         assert torch.equal(after[name], old) == name.startswith("llm."), name
     typed(here, f"python train.py --stage 2 --out out/plain {SMALL['train']}")
     own, plain = (tiny.losses(here / f"out/{name}") for name in ("stage2", "plain"))
     assert own[1] == plain[1] and own[10] != plain[10]  # it begins as the model it is added to
     code, said = tiny.typed(here, f"python sample.py --image {PICTURE} --prompt hello")
-    assert code == 2 and "q.up.weight" in said  # its checkpoint without its file
+    assert code == 2 and "q.gains" in said  # its checkpoint without its file
 
 
 def test_an_example_is_a_program_of_its_own(here):

@@ -158,10 +158,24 @@ SWAPPED = (
 )
 
 
+class LowRank(torch.nn.Module):
+    """A fork's module: an nn.Linear that stays as it is, and beside it two thin matrices that train where it would."""
+
+    def __init__(self, base, rank):
+        super().__init__()
+        self.base = base
+        self.base.frozen = True
+        like = {"bias": False, "device": base.weight.device, "dtype": base.weight.dtype}
+        self.down = torch.nn.Linear(base.in_features, rank, **like)
+        self.up = torch.nn.Linear(rank, base.out_features, **like)
+        torch.nn.init.zeros_(self.up.weight)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
 def swap(model, names=SWAPPED):
     """A fork's modules in the place of some nn.Linears."""
-    from examples.lora import LowRank
-
     for name in names:
         parent, _, leaf = name.rpartition(".")
         owner = model.get_submodule(parent)

@@ -5,7 +5,7 @@
     load(dir) -> InfMLLM                 no flags: the architecture travels with the weights
     load_llama, load_vit, load_llava, load_infmllm, load_iaa, export_llama
 
-The checkpoint of a branch (iaa.py) holds the branch's tensors alone and names its base: load() brings
+The checkpoint of a branch (iaa.py, lora.py) holds the branch's tensors alone and names its base: load() brings
 both, and add_branch(model, dir) composes the base of a model with another branch.
 
 Each family has a table of names (see rename.py), a reader of its config.json and a loader.
@@ -17,6 +17,7 @@ from weights.checkpoint import (
     base_of,
     describe,
     find,
+    kind_of,
     load,
     load_checked,
     read_checked,

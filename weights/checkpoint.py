@@ -1,6 +1,7 @@
 """Our own checkpoint directory.
 
-config.json         format, model (the Config), training, and of a branch: branch (its name and layers) and base
+config.json         format, model (the Config), training, and of a branch: branch (inner adaptors: name and layers;
+                    LoRA: rank and matrices) and base
 model.safetensors   the tensors under our names; of a branch its own alone, as llm.branches.<name>.<ours>
 tokenizer.model     the tokenizer's own file, or tokenizer.json and in generation_config.json the ids that end an answer
 optimizer.safetensors, state.json      where the run can be resumed
@@ -13,7 +14,8 @@ import shutil
 import zlib
 from pathlib import Path
 
-from iaa import Branch, BranchedInfMLLM, compose
+import iaa
+import lora
 from model import Config, InfMLLM
 from support.errors import BadInput
 from support.files import read_json
@@ -44,9 +46,9 @@ def save(path, model, tokenizer=None, training=None, optimizer=None, state=None,
     else:
         tensors = dict(model.named_parameters())
     described = {"format": FORMAT, "model": model.config.to_dict(), "training": training or {}}
-    if isinstance(model, BranchedInfMLLM):
+    if hasattr(model, "branch"):
         branch = model.branch
-        described["branch"] = {"name": branch.name, "after": branch.after}
+        described["branch"] = branch.described
         described["base"] = {"path": os.path.relpath(base, path), "weights": fingerprint(base)}
         own = {p: f"{BRANCHES}{branch.name}.{name}" for name, p in branch.named_parameters()}
         tensors = {own[p]: tensors[name] for name, p in model.named_parameters() if p in own}
@@ -141,7 +143,7 @@ def fingerprint(path):
 
 
 def describe(path):
-    """(Config, branch) of a checkpoint whose files are whole; branch: {"name", "after"}, None for a whole model."""
+    """(Config, branch) of a checkpoint whose files are whole; branch: its description, None for a whole model."""
     path = find(path)
     verify(path)
     described = read_json(path / "config.json")
@@ -208,13 +210,19 @@ def add_branch(model, path, dtype=None):
             f"{model.branch.name} are {ours}; use them in calls of their own"
         )
     with understood(path):
-        branch = on_meta(new_branch, config, described["name"], described["after"])
+        branch = on_meta(new_branch, config, described)
     table = {f"{BRANCHES}{branch.name}.*": "{}"}
     fill(branch, path / "model.safetensors", table, dtype)
     base.config.template = config.template
-    return compose(base.resize(*theirs), branch)
+    return kind_of(described).compose(base.resize(*theirs), branch)
 
 
-def new_branch(config, name, after):
+def new_branch(config, described):
     """On the meta device the model around the adapter costs nothing."""
-    return Branch(config.llm, name, after, InfMLLM(config).adapter)
+    adapter = InfMLLM(config).adapter
+    return kind_of(described).Branch(config.llm, **described, adapter=adapter)
+
+
+def kind_of(described):
+    """The module that makes branches so described."""
+    return lora if "rank" in described else iaa

@@ -49,7 +49,7 @@ def iaa_modules(config):
     modules = nn.ModuleDict({"base": InfMLLM(config)})
     modules["base"].adapter = None  # the released text path has no projector
     for name in ENDINGS:
-        modules[name] = new_branch(config, name, IAA_INNER)
+        modules[name] = new_branch(config, {"name": name, "after": IAA_INNER})
     return modules
 
 

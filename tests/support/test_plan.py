@@ -10,6 +10,7 @@ import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+import lora
 import train
 from model import IGNORE, Config, InfMLLM, LlamaConfig, RMSNorm, ViTConfig, init
 from support.plan import activations, arithmetic, memory
@@ -63,7 +64,9 @@ def test_a_plan_counts_data_and_reads_the_time_of_a_run(capsys, here):
 
 def settings(**changed):
     common = dict(stage=3, tune=None, rows=3, text=40, answer=8, dtype="fp32", recompute=False)
-    return SimpleNamespace(**common | dict(shard=False, inner_layers=None) | changed)
+    return SimpleNamespace(
+        **common | dict(shard=False, inner_layers=None, rank=None, lora_on=None) | changed
+    )
 
 
 def saved_numbers(model, s):
@@ -92,14 +95,28 @@ def saved_numbers(model, s):
 
 @pytest.mark.parametrize("backbones", [{}, tiny.TODAY])
 @pytest.mark.parametrize(
-    "stage, tune", [(1, None), (2, None), (3, None), (1, "full"), (3, "qv"), (2, "none")]
+    "stage, tune, on",
+    [
+        (1, None, None),
+        (2, None, None),
+        (3, None, None),
+        (1, "full", None),
+        (3, "qv", None),
+        (2, "none", None),
+        (3, "lora", ["k"]),
+        (2, "lora", ["o", "up"]),
+        (3, "lora", ["q", "v", "gate", "down"]),
+    ],
 )
-def test_the_memory_of_layers_is_what_autograd_keeps_of_them(stage, tune, backbones):
+def test_the_memory_of_layers_is_what_autograd_keeps_of_them(stage, tune, on, backbones):
     s, calculated, measured = settings(stage=stage, tune=tune), [], []
     for layers in (2, 6):  # the ends are equal and fall out
         vit = ViTConfig(32, 4, 32, layers, 4, 96, **backbones.get("vit", {}))
         llm = LlamaConfig(128, 64, layers, 4, 2, 160, **backbones.get("llm", {}))
-        model = init(InfMLLM(Config(vit, llm, grid=2))).freeze(stage, tune)
+        model = init(InfMLLM(Config(vit, llm, grid=2)))
+        if on:
+            model = lora.grow(model, 8, on)
+        model.freeze(stage, tune)
         calculated.append(activations(model, s))
         measured.append(saved_numbers(model, s))
     assert calculated[1] - calculated[0] == pytest.approx(measured[1] - measured[0], rel=0.03)
