@@ -17,12 +17,13 @@ MATRICES = ("q", "k", "v", "o", "gate", "up", "down")  # of a layer
 
 
 class LowRank(nn.Module):
-    """B A x"""
+    """B A x: A begins as any nn.Linear does, B with zeros."""
 
     def __init__(self, beside: nn.Linear, rank):
         super().__init__()
         self.down = nn.Linear(beside.in_features, rank, bias=False)  # A
         self.up = nn.Linear(rank, beside.out_features, bias=False)  # B
+        nn.init.zeros_(self.up.weight)
 
     def forward(self, x):
         return self.up(self.down(x))
@@ -35,7 +36,6 @@ class Branch(nn.Module):
 
     def __init__(self, c: LlamaConfig, rank, on, adapter):
         super().__init__()
-        assert rank >= 1 and on and set(on) <= set(MATRICES), f"LoRA of rank {rank} on {on}"
         self.described = {"rank": rank, "on": on}
         with torch.device("meta"):
             beside = LlamaLayer(c)
@@ -83,18 +83,10 @@ class LoraInfMLLM(InfMLLM):
 compose = LoraInfMLLM
 
 
-@torch.no_grad()
-def grow(base, rank, on, seed=0):
-    """The base with fresh matrices: A as nn.Linear's own begin, B zero."""
-    with torch.device("meta"):
-        branch = Branch(base.llm.config, rank, on, None)
-    branch.to_empty(device=base.llm.norm.weight.device)
-    rng = torch.Generator().manual_seed(seed)
-    for beside in branch.layers:
-        for low in beside.values():
-            nn.init.kaiming_uniform_(low.down.weight, 5**0.5, generator=rng)
-            nn.init.zeros_(low.up.weight)
-    branch.adapter = base.adapter
+def grow(base, rank, on):
+    """The base with fresh matrices; A follows torch's seed."""
+    with base.llm.norm.weight.device:  # --plan has everything on meta
+        branch = Branch(base.llm.config, rank, on, base.adapter)
     return compose(base, branch)
 
 

@@ -61,8 +61,9 @@ def activations(model, s):
                 numbers += D
             if trains(layer.down):
                 numbers += c.llm.mlp
-            lows = [m for m in layer.modules() if isinstance(m, LowRank)]
-            numbers += sum(low.down.out_features for low in lows)
+            for m in layer.modules():
+                if isinstance(m, LowRank):
+                    numbers += m.down.out_features
             kept.append(tokens * numbers)
             inputs += tokens * D
         elif trains(layer.fc1):

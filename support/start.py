@@ -129,7 +129,7 @@ def build(s, say=True, plan=False):
     if s.tune == "lora":
         s.rank = s.rank or 16
         s.lora_on = s.lora_on or ["q", "v"]
-        model = lora.grow(model, s.rank, s.lora_on, s.seed)
+        model = lora.grow(model, s.rank, s.lora_on)
     return model, origins
 
 

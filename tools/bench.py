@@ -5,7 +5,7 @@
     python -m tools.bench step         # an update against transformers', per stage, at two shapes
     python -m tools.bench memory       # the peak of an update against transformers', each in its own process
     python -m tools.bench loop         # what the training loop costs beside its work
-    python -m tools.bench tune         # inner adaptors, Q and V, the whole LLM: what trains, memory, time
+    python -m tools.bench tune         # inner adaptors, LoRA, Q and V, the whole LLM: what trains, memory, time
     python -m tools.bench limit --preset infmllm-7b       # for a GPU: MFU, memory, bandwidth of decoding
     python -m tools.bench data         # opening and reading a million records; the loader as below
     python -m tools.bench loader       # the loader against a bare Pillow loop

@@ -319,11 +319,11 @@ def loop(args, steps=40):
 
 
 def tune(args, steps=12):
-    """Three ways to train an LLM, stage 2's mixture, the toy's sizes: what trains, what is held as --plan
+    """Four ways to train an LLM, stage 2's mixture, the toy's sizes: what trains, what is held as --plan
     calculates it, how long a step takes."""
     ranks = Ranks(0, 1, torch.device(args.device))
     runs = {}
-    for name in ("inner", "qv", "full"):
+    for name in ("inner", "lora", "qv", "full"):
         argv = f"--stage 3 --init assets/toy --data out/toy/stage2.toml --tune {name}"
         with tempfile.TemporaryDirectory() as folder:
             s = train.resolve(train.flags().parse_args([*argv.split(), "--out", folder]), 3, 1)

@@ -2,8 +2,8 @@
 
     python -m tools.study seeds        # the three stages with three seeds: what each stage teaches
     python -m tools.study adapters     # pool, resampler, no pooling, other grids, no stage 1: same budget
-    python -m tools.study tune         # a frozen LLM with inner adaptors, QV-tuning, full finetuning: same budget;
-                                       # and what is left of what it could read before it saw pictures
+    python -m tools.study tune         # a frozen LLM with inner adaptors, LoRA, QV-tuning, full finetuning: same
+                                       # budget; and what is left of what it could read before it saw pictures
     python -m tools.study seeds --runs 1 --jobs 1
 
 Runs of one thread each, --jobs at a time, go to out/study; what is finished there is not run again. Each study
@@ -46,8 +46,14 @@ STAGE_1, STAGE_2 = 150, 600  # steps
 LOOKS = range(200, STAGE_2 + 1, 200)  # steps of stage 2 at which boxes are scored
 
 # ---- tune; the ViT is frozen in all of them
-TUNES = {"frozen, inner adaptors": "inner", "Q and V": "qv", "full": "full"}
-RATES = (3e-4, 1e-3)  # peak learning rates of what trains in the LLM
+TUNES = {
+    "frozen, inner adaptors": "inner",
+    "frozen, LoRA of rank 16 on q, v": "lora",
+    "Q and V": "qv",
+    "full": "full",
+}
+RATES = {"lora": (3e-3, 1e-2)}  # peak learning rates of what trains in the LLM; of the others:
+OTHERS = (3e-4, 1e-3)
 
 
 def run(program, *flags):
@@ -220,13 +226,13 @@ def tune(pool, runs):
         Path("out/toy/asked.toml"), "heldout", dict.fromkeys(("captions", "vqa", "refs"))
     )
     before = list(pool.map(after_stage_1, range(runs)))
-    jobs = [(name, rate, seed) for seed in range(runs) for rate in RATES for name in TUNES]
+    arms = [(name, rate) for name in TUNES for rate in RATES.get(TUNES[name], OTHERS)]
+    jobs = [(*arm, seed) for seed in range(runs) for arm in arms]
     done = dict(zip(jobs, pool.map(one_tune, *zip(*jobs))))
-    arms = {"after stage 1": before}
-    for name in TUNES:
-        for rate in RATES:
-            arms[f"{name}, {rate:g}"] = [done[name, rate, seed] for seed in range(runs)]
-    found = table("of the LLM trains", arms)
+    rows = {"after stage 1": before}
+    for name, rate in arms:
+        rows[f"{name}, {rate:g}"] = [done[name, rate, seed] for seed in range(runs)]
+    found = table("of the LLM trains", rows)
     for arm, values in found.items():
         if "inner" in arm:
             same = values["text loss"] == found["after stage 1"]["text loss"]
