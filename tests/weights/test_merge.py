@@ -16,9 +16,9 @@ from weights.checkpoint import load, read_checked, save
 def test_the_newest_checkpoint_is_merged_beside_the_run_and_nothing_is_written_over(tmp_path):
     base, run, out = (tmp_path / name for name in ("base", "run", "run/merged"))
     tokenizer = Tokenizer(tiny.TOKENIZER)
-    save(base, tiny.model(), tokenizer)
+    save(base, tiny.model().bfloat16(), tokenizer)
     for step in (1, 2):
-        m = lora.grow(load(base, dtype=torch.bfloat16), 2, ["o"])
+        m = lora.grow(load(base), 2, ["o"])
         for layer in m.llm.layers:
             torch.nn.init.constant_(layer.o.low.up.weight, step)
         save(run / f"step-0000000{step}", m, tokenizer, {"preset": "small", "steps": 9}, base=base)
