@@ -42,16 +42,26 @@ import weights
 from adapter import pool_path
 from data import BUCKET, Data, collate, some
 from formats import load_mixture
-from formats.pictures import peek
 from model import PARTS, TUNE
 from support import start
-from support.commands import Parser, amount, few, natural, number, positive, spell_out
+from support.commands import (
+    Parser,
+    amount,
+    few,
+    gpus,
+    layers,
+    natural,
+    number,
+    positive,
+    share,
+    spell_out,
+)
 from support.errors import BadInput, complain
 from support.files import read_json
 from support.lock import hold
-from support.log import Log, asked_of, measured_time, peak_memory, plot, stage_table
+from support.log import Log, asked_of, measured_time, peak_memory, plot, say_foreign, stage_table
 from support.metrics import iou
-from support.plan import GIB, arithmetic, counted, describe, gpu_memory
+from support.plan import arithmetic, counted, describe, glance, gpu_memory, show_stages
 from support.processes import end_loaders, on_signals, stop_at_once
 from support.ranks import Ranks, setup_ranks
 from text.boxes import parse_box
@@ -130,7 +140,6 @@ STAGES = {"toy": TOY, "nano": NANO, "small": NANO, "infmllm-7b": PAPER, "infmllm
 BETAS = (0.9, 0.95)  # AdamW's; 0.95 forgets a bad batch sooner than torch's 0.999
 MOMENTS = ("exp_avg", "exp_avg_sq")  # what AdamW keeps of every parameter
 CLIP = 1.0  # the gradient's global norm is cut to this
-FOREIGN = 0.1  # share of a text without words above which something is said
 GLANCE = 16  # records of a source that --plan reads
 SKIPS = 3  # updates in a row without a finite gradient, after which the run stops
 DTYPES = start.DTYPES | {"fp64": torch.float64}
@@ -280,25 +289,6 @@ def by_stage(name):
     return f"; default in stages 1, 2, 3: {'; '.join(texts)}"
 
 
-def show_stages():
-    """The table of stages, for people."""
-    print(
-        f"{'preset':<13}stage{'steps':>7}{'batch':>7}{'pixels':>8}{'tokens':>8}  peak learning rates"
-    )
-    for preset, make in models.PRESETS.items():
-        for stage, row in STAGES.get(preset, OTHERS).items():
-            config = make()
-            pixels = row.image_size or config.vit.image_size
-            lr = ", ".join(f"{part} {rate:.0e}" for part, rate in row.lr.items())
-            print(
-                f"{preset:<13}{stage:>5}{row.steps:>7}{row.batch:>7}{pixels:>8}"
-                f"{config.visual_tokens:>8}  {lr}"
-            )
-
-
-share = number(float, 0, 1)
-
-
 def rates(text):
     """'1e-3' for every part, or 'adapter=1e-3,llm=2e-5' for those named: {part, "" for every one: rate}"""
     pairs = [pair.rpartition("=") for pair in text.split(",")]
@@ -306,15 +296,6 @@ def rates(text):
     if not set(lr) <= {"", *PARTS}:
         raise argparse.ArgumentTypeError(f"{text!r} is neither 1e-3 nor adapter=1e-3,llm=2e-5")
     return lr
-
-
-def layers(text):
-    return sorted({natural(n) for n in text.split(",")})
-
-
-def gpus(text):
-    count, _, size = text.lower().partition("x")
-    return positive(count), amount(size) * GIB
 
 
 def flags():
@@ -606,16 +587,6 @@ def open_data(s, c, tokenizer, ranks):
     if not s.eval_data and not held_out.exists():
         return data, None
     return data, Data(held_out, tokenizer, *sizes, train=False, image_mark=c.image_mark)
-
-
-def say_foreign(data):
-    """A model learns little from a text that it has hardly any words for."""
-    for name, share in data.foreign.items():
-        if share > FOREIGN:
-            print(
-                f"source '{name}': {share:.0%} of its text is read letter by letter, as the LLM has no words "
-                "for it; the toy's knows its own world's alone, so take a real one with --llm"
-            )
 
 
 def same_everywhere(s, data, ranks):
@@ -1036,23 +1007,6 @@ def next_command(args, s, step):
 # Commands
 
 
-def glance(source):
-    """Some records of a source are read, so that a wrong folder is found before a machine is rented."""
-    problems = []
-    numbers = some(len(source), GLANCE)
-    for n in numbers:
-        try:
-            record = source.read(n)
-            for ref in record.refs:
-                peek(ref, record.where)
-        except BadInput as e:
-            problems.append(e)
-    if problems:
-        print(
-            f"  {source.name}: {len(problems)} of {len(numbers)} cannot be read, as {problems[0]}"
-        )
-
-
 def plan(args, stage):
     """Everything that would happen, from the architecture alone: no weights, no GPU, no training."""
     world, room = args.gpus or (int(os.environ.get("WORLD_SIZE", 1)), None)
@@ -1072,7 +1026,7 @@ def plan(args, stage):
         total = sum(counts.values())
         print(f"samples: {counted(counts)}; {rows / total:.1f} epochs of {total:,}")
         for source in sources:
-            glance(source)
+            glance(source, some(len(source), GLANCE))
     else:
         print(f"samples: not counted, as there is no {s.data or '--data'}")
     flops = s.batch * arithmetic(model.config, s)
@@ -1088,7 +1042,7 @@ def command(argv):
         plot(args.plot)
         return
     if args.stages:
-        show_stages()
+        show_stages({preset: STAGES.get(preset, OTHERS) for preset in models.PRESETS})
         return
     contradictions(args)
     stages = (1, 2, 3) if args.stage == "all" else (int(args.stage),)

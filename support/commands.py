@@ -51,6 +51,7 @@ positive = number(int, 1, MOST)
 few = number(int, 1, 4096)
 natural = number(int, 0, MOST)
 amount = number(float, 0)
+share = number(float, 0, 1)
 
 
 def spell_out():
@@ -83,3 +84,14 @@ def mute():
     """Drop in silence what is still to be flushed."""
     if sys.stdout:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def layers(text):
+    """0,1,5,6"""
+    return sorted({natural(n) for n in text.split(",")})
+
+
+def gpus(text):
+    """8x80: how many, and their bytes"""
+    count, _, size = text.lower().partition("x")
+    return positive(count), amount(size) * 2**30

@@ -235,3 +235,16 @@ def summary(file):
             score, name = min(types)
             table[f"{source}  lowest type"] = f"{score:.3f} {name}"
     return table
+
+
+FOREIGN = 0.1  # share of a text without words above which something is said
+
+
+def say_foreign(data):
+    """A model learns little from a text that it has hardly any words for."""
+    for name, share in data.foreign.items():
+        if share > FOREIGN:
+            print(
+                f"source '{name}': {share:.0%} of its text is read letter by letter, as the LLM has no words "
+                "for it; the toy's knows its own world's alone, so take a real one with --llm"
+            )

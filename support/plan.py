@@ -3,8 +3,10 @@
 import torch
 
 import model as models
+from formats.pictures import peek
 from lora import LowRank
 from model import PARTS
+from support.errors import BadInput
 
 GIB = 2**30
 BYTES = {"bf16": 2, "fp32": 4, "fp64": 8}
@@ -217,4 +219,36 @@ def describe(model, s, world, origins, room=None):
         first = "" if s.recompute else "--recompute, "
         print(
             f"  more than the {gib(room)} GiB that are there: {first}--shard or more --accum make it less"
+        )
+
+
+def show_stages(tables):
+    """The stages of every preset, {preset: {stage: row}}, for people."""
+    print(
+        f"{'preset':<13}stage{'steps':>7}{'batch':>7}{'pixels':>8}{'tokens':>8}  peak learning rates"
+    )
+    for preset, table in tables.items():
+        for stage, row in table.items():
+            config = models.PRESETS[preset]()
+            pixels = row.image_size or config.vit.image_size
+            lr = ", ".join(f"{part} {rate:.0e}" for part, rate in row.lr.items())
+            print(
+                f"{preset:<13}{stage:>5}{row.steps:>7}{row.batch:>7}{pixels:>8}"
+                f"{config.visual_tokens:>8}  {lr}"
+            )
+
+
+def glance(source, numbers):
+    """Some records of a source are read, so that a wrong folder is found before a machine is rented."""
+    problems = []
+    for n in numbers:
+        try:
+            record = source.read(n)
+            for ref in record.refs:
+                peek(ref, record.where)
+        except BadInput as e:
+            problems.append(e)
+    if problems:
+        print(
+            f"  {source.name}: {len(problems)} of {len(numbers)} cannot be read, as {problems[0]}"
         )
