@@ -163,6 +163,16 @@ def tiling(D):
     return dict(D=D, BLOCK=block, STAGES=stages, num_warps=min(16, max(1, block // 512)))
 
 
+def forward_rows(windows, device):
+    """Windows of a program. Where there are few: rather more programs than larger ones."""
+    return 2 if windows >= 8 * processors(device) else 1
+
+
+def backward_rows(K):
+    """Patches of a window that are taken at once."""
+    return 2 if K % 2 == 0 else 1
+
+
 # Two operators: torch.compile and the autograd engine see names, shapes and gradients, and nothing inside.
 # Each stands under the function that says what it returns. An output cannot be optional: what is not wanted
 # comes back empty.
@@ -186,8 +196,7 @@ def pool_forward(
     windows = N * grid * grid
     if windows == 0:
         return y, mean, rstd
-    # few windows: rather more programs than larger ones
-    rows = 2 if windows >= 8 * processors(x.device) else 1
+    rows = forward_rows(windows, x.device)
     with torch.cuda.device_of(x):
         forward_kernel[triton.cdiv(windows, rows),](
             x,
@@ -231,7 +240,7 @@ def pool_backward(
     dx, dw, db = backward_outputs(dy, x, weight, mean, rstd, *wanted)
     N, windows, D = dy.shape
     s, P = side(mean.shape[1]), side(windows)
-    rows = 2 if s // P % 2 == 0 else 1
+    rows = backward_rows(s // P)
     tiles = N * s * s // rows
     if tiles == 0:
         return dx, dw.zero_(), db.zero_()

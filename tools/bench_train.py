@@ -1,4 +1,4 @@
-"""Training: against transformers' LLaVA with the same weights, batch and frozen parts; and the limits of a GPU."""
+"""Training, against transformers' LLaVA with the same weights, batch and frozen parts."""
 
 import ctypes
 import gc
@@ -27,15 +27,12 @@ from model import (
     PIXEL_STD,
     PRESETS,
     TUNE,
-    InfMLLM,
     LlamaConfig,
     ViTConfig,
 )
-from sample import generate_ids
 from support import plan, start
-from support.plan import flops
 from support.ranks import Ranks
-from tools.measure import Table, copy_bandwidth, in_turns, seconds, typical, update_clock
+from tools.measure import Table, in_turns, seconds, update_clock
 
 # ---------------------------------------------------------------------------------------------------
 # The two sides
@@ -118,12 +115,12 @@ def update_run(run, batches, supervised):
     train.update(run, train.gradients(run, batches, supervised), supervised)
 
 
-def our_side(model, stage, samples, device, micro=1, row=None):
+def our_side(model, stage, samples, device, micro=1, row=None, **settings):
     """An update as train.py makes it, in `micro` micro-batches of like length; and its gradients alone, which
     return the loss per token."""
     row = asdict(row or train.TOY[stage])
     row |= dict(stage=stage, preset="", tune=TUNE[stage], accum=micro, out=Path())
-    s = train.Settings(**row, dtype=dtype_of(device))
+    s = train.Settings(**row | {"dtype": dtype_of(device)} | settings)
     run = make_run(model.freeze(stage), s, Ranks(0, 1, torch.device(device)))
     size = len(samples) // micro
     parts = [samples[i : i + size] for i in range(0, len(samples), size)]
@@ -344,62 +341,3 @@ def tune(args, steps=12):
         parts = plan.memory(run.model, run.s)
         table.add(name, *counts, *(parts[part] / 1e6 for part in held), median(times[name]))
     return {"steps": steps, "rows": table.rows}
-
-
-# ---------------------------------------------------------------------------------------------------
-# limit
-
-
-def limit(args):
-    """How far from the device's limit: MFU and peak memory of each stage, and the bandwidth of decoding. Random
-    weights at the preset's own size, in bf16 on a GPU."""
-    cuda = args.device == "cuda"
-    dtype, n = train.DTYPES[dtype_of(args.device)], 8192 if cuda else 1024
-    a = torch.randn(n, n, device=args.device, dtype=dtype)
-    rate = 2 * n**3 / typical(lambda: a @ a, repeat=20)
-    sheet = plan.peak_flops(torch.device(args.device))
-    print(f"{args.preset}, {dtype}; FLOP/s: a matmul {rate:.3g} measured, {sheet} by data sheet")
-    found = {"preset": args.preset, "matmul": rate, "sheet": sheet}
-    table = Table("stage", "rows", "ms", "rows/s", "MFU", "of sheet", "peak GB")
-    for stage, row in train.STAGES.get(args.preset, train.OTHERS).items():
-        c = PRESETS[args.preset]()
-        c.vit.image_size = row.image_size or c.vit.image_size
-        c.grid = row.grid or c.grid
-        with torch.device("meta"):
-            model = InfMLLM(c).to(dtype)
-        model = model.to_empty(device=args.device)
-        with torch.no_grad():
-            for p in model.parameters():
-                p.normal_(0, 0.02)
-        samples = random_samples(c, row.rows, row.text, row.answer, spread=0)
-        update, _ = our_side(model, stage, samples, args.device, row=row)
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        took = typical(update, repeat=5, warmup=2)
-        peak = peak_memory(args.device)
-        work = row.rows * sum(flops(c, row.text, row.answer, stage).values()) / took
-        of_sheet = work / sheet if sheet else None
-        table.add(stage, row.rows, 1e3 * took, row.rows / took, work / rate, of_sheet, peak / 1e9)
-        del update
-    decoded = decoding_limit(model.to(dtype), args.device)
-    return found | {"rows": table.rows, "decoding": decoded}
-
-
-def decoding_limit(model, device, new=128):
-    """Bytes of weights that decoding reads per second, beside a plain copy's."""
-    model.eval().requires_grad_(False)
-    c = model.config
-    size = sum(
-        p.nbytes for name, p in model.llm.named_parameters() if not name.startswith("embed.")
-    )
-    copy = copy_bandwidth(device)
-    S, dtype = c.vit.image_size, next(model.parameters()).dtype
-    image = torch.zeros(1, 3, S, S, device=device, dtype=dtype)
-    table = Table("batch", "tokens/s", "GB/s of weights", "of copy")
-    for batch in (1, 32):
-        prompts = [[1] + [IMAGE] * c.visual_tokens + list(range(5, 25))] * batch
-        how = dict(image_index=[0] * batch, max_new_tokens=new, min_new_tokens=new)
-        took = typical(partial(generate_ids, model, image, prompts, **how), repeat=3)
-        read = new * size / took
-        table.add(batch, batch * new / took, read / 1e9, read / copy)
-    return table.rows
