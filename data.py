@@ -17,6 +17,7 @@ import numpy as np
 import torch
 
 from formats import load_mixture
+from formats.mixture import BOXED
 from formats.pictures import (
     WHOLE,
     fractions,
@@ -39,7 +40,6 @@ BUCKET = 16  # T and the supervised count are rounded up to this: few shapes, 1%
 WINDOW = 128  # steps whose rows are sorted by length together; 1 keeps every batch mixed
 ROUND = 4096  # rows after which the mixture's shares are exact
 LOOKED_AT = 64  # samples of a source that are read at the start
-BOXED = ("ground", "region")  # tasks whose records have boxes
 TRIES = 100  # unreadable samples in a row before we give up
 
 

@@ -55,6 +55,7 @@ from support.commands import (
     positive,
     share,
     spell_out,
+    word,
 )
 from support.errors import BadInput, complain
 from support.files import read_json
@@ -332,15 +333,14 @@ def flags():
     flag("--weight-decay", amount, f"AdamW's, of matrices only{by_stage('weight_decay')}")
     flag("--image-size", few, "pixels per side; default: see --stages")
     flag("--grid", positive, "P: an image becomes P x P visual tokens; default: the preset's")
-    kinds = (*TUNE.values(), "inner", "lora")
     flag(
         "--tune",
-        kinds,
+        (*TUNE.values(), "inner", "lora"),
         "what of the LLM trains; default: none, qv, full in stages 1, 2, 3; inner: the layers, ends "
         "and adapter of a branch, and nothing of the model it is added to; lora: low-rank matrices "
         "beside the LLM's own, and the adapter",
     )
-    flag("--branch", str, "with --tune inner: the branch's name; default: --init's, or mm")
+    flag("--branch", word, "with --tune inner: the branch's name; default: --init's, or mm")
     flag(
         "--inner-layers",
         layers,
@@ -401,8 +401,6 @@ def contradictions(args):
     """Flags that cannot both be meant."""
     if not args.stage:
         raise BadInput("--stage: name 1, 2, 3 or all")
-    if args.branch and not args.branch.isidentifier():
-        raise BadInput(f"--branch {args.branch}: a branch's name is a word such as mm")
     if args.shard and "RANK" not in os.environ and not args.plan:
         raise BadInput(
             "--shard spreads the state over several ranks: start with torchrun --nproc_per_node N train.py"

@@ -95,3 +95,10 @@ def gpus(text):
     """8x80: how many, and their bytes"""
     count, _, size = text.lower().partition("x")
     return positive(count), amount(size) * 2**30
+
+
+def word(text):
+    """A name that is part of tensors' names."""
+    if not text.isidentifier():
+        raise argparse.ArgumentTypeError(f"{text!r} is no word such as mm")
+    return text
