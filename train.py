@@ -799,8 +799,8 @@ def save(run):
             path, (run.model, tensors), run.tokenizer, training, optimizer, state, run.base
         )
         old = sorted(s.out.glob("step-*[0-9]"))[: -s.keep]
-        killed = s.out.glob("step-*.new")  # while they were being written
-        for folder in (*old, *killed):
+        # and what a kill has left half written or half removed
+        for folder in (*old, *sorted(s.out.glob("step-*.*"))):
             # whoever reads it finds it whole or not at all
             gone = folder.rename(folder.with_suffix(".gone"))
             shutil.rmtree(gone, ignore_errors=True)

@@ -316,28 +316,33 @@ def load_model(path=None, tokenizer=None, device=None, dtype=None, branch=None):
     path = Path(path or newest())
     if path.name == "model.safetensors":
         path = path.parent
-    model, folder = open_checkpoint(path, dtype, branch)
-    tokenizer = open_tokenizer(tokenizer or folder, model.config.llm, folder, model.config.template)
+    model, tokenizer = open_checkpoint(path, dtype, branch, tokenizer)
     if branch:
         model = with_branch(model, branch, dtype)
     return model.to(device).eval(), tokenizer
 
 
-def open_checkpoint(path, dtype, branch=None):
-    """(model, the folder it lies in); branch: which one of IAA's two"""
+def open_checkpoint(path, dtype, branch=None, tokenizer=None):
+    """(model, tokenizer); branch: which one of IAA's two"""
+
+    def beside(model, folder):
+        place, c = tokenizer or folder, model.config
+        return model, open_tokenizer(place, c.llm, folder, c.template)
+
     if path.is_file():
-        return weights.load_infmllm(path, models.PRESETS["infmllm-7b"](), dtype), path.parent
+        released = weights.load_infmllm(path, models.PRESETS["infmllm-7b"](), dtype)
+        return beside(released, path.parent)
     config = path / "config.json"
     kind = read_json(config).get("model_type") if config.is_file() else None
     if kind == "IAA":
         branches = weights.load_iaa(path, dtype)
-        return branches.get(branch, branches["mm"]), path
+        return beside(branches.get(branch, branches["mm"]), path)
     if kind:
-        return weights.load_llava(path, dtype), path
+        return beside(weights.load_llava(path, dtype), path)
     while True:
         folder = weights.find(path)
         try:
-            return weights.load(folder, dtype=dtype), folder
+            return beside(weights.load(folder, dtype=dtype), folder)
         except (BadInput, OSError):
             if folder.exists():
                 raise

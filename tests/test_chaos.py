@@ -182,7 +182,7 @@ def test_chats_under_two_hundred_bouts_of_keys(made):
     [
         ("{} --image photos --task caption --min-new-tokens 1 | head -1 > /dev/null", 0, ""),
         ("{} <&-", 2, "that is closed; add --prompt\n"),
-        ("{} --prompt hello >&-", 0, ""),
+        ("{} --prompt hello >&-", 2, "so there is nowhere to answer; open it\n"),
         ("echo hello | {} | true", 0, ""),
         ("setsid {} < /dev/null", 0, ""),
         ("{} --prompt hello > /dev/full", 2, "where a run had begun\n"),

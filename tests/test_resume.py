@@ -24,6 +24,15 @@ def test_a_run_killed_at_random_moments_ends_with_the_bytes_of_one_that_was_not(
     assert names == ["lock", "log.jsonl", "step-00000058", "step-00000060"]
 
 
+def test_what_kills_have_left_of_checkpoints_goes_with_the_next_one(world, here):
+    out = here / "o"
+    for half in ("step-00000001.gone", "step-00000001.new"):
+        (out / half).mkdir(parents=True)
+        (out / half / "x").touch()
+    assert run(world, 1, "--steps", 2, "--out", out) == 0
+    assert "step-00000002" in left(out)[0] and not list(out.glob("step-*.*"))
+
+
 def test_a_signal_to_any_rank_saves_within_a_step_and_leaves_with_0(world, here):
     out = here / "o"
     settings = "--steps", 1000, "--save-every", 0, "--workers", 1, "--out", out
