@@ -330,11 +330,9 @@ class Chat:
         self.ids = []
         self.cache.length = 0
 
-    @torch.inference_mode()
-    def ask(self, question, max_new_tokens=1024, min_new_tokens=0, seed=0, **sampling):
+    def ask(self, question, seed=0, **settings):
         """Yield the answer piece by piece. It may be left at any point, and the talk goes on."""
-        model = self.model if self.image else self.model.text_model
-        tokenizer, config = self.tokenizer, model.config
+        tokenizer, config = self.tokenizer, self.model.config
         if self.ids:
             turn = chat_turn(question, tokenizer.template)
             ids = [*self.ids, tokenizer.eos, *encode_prompt(tokenizer, turn, 0, bos=False)]
@@ -343,14 +341,22 @@ class Chat:
             turn = prompt("chat", question, mark, tokenizer.template)
             ids = encode_prompt(tokenizer, turn, config.visual_tokens)
         check_length(ids, config, "the conversation")
+        pictures = []
+        if IMAGE in ids[self.cache.length :]:
+            pictures = [square(self.image, config.vit.image_size, pad=True)]
+        yield from self.answer(ids, pictures, seed=seed + len(ids), **settings)
+
+    @torch.inference_mode()
+    def answer(self, ids, pictures, max_new_tokens=1024, min_new_tokens=0, seed=0, **sampling):
+        """Yield the answer to these ids, of which the cache holds the first; pictures: of the others."""
+        model = self.model if IMAGE in ids else self.model.text_model
+        tokenizer, config = self.tokenizer, model.config
         self.ids = ids
-        unread = ids[self.cache.length :]
-        pictures = [square(self.image, config.vit.image_size, pad=True)] if IMAGE in unread else []
-        x, _ = embed_prompts(model, pictures, [unread])  # (1, T, D)
+        x, _ = embed_prompts(model, pictures, [ids[self.cache.length :]])  # (1, T, D)
         room = config.llm.context - len(ids)
         limits = (min(max_new_tokens, room), min_new_tokens, tokenizer.stops)
         said, shown = [], ""
-        for token in decode(model.llm, self.cache, x, None, *limits, [seed + len(ids)], **sampling):
+        for token in decode(model.llm, self.cache, x, None, *limits, [seed], **sampling):
             if token.item() in tokenizer.stops:
                 break
             said.append(token.item())
