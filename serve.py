@@ -281,6 +281,7 @@ class Server(ThreadingTCPServer):
 
 class Handler(BaseHTTPRequestHandler):
     sys_version = ""
+    default_request_version = "HTTP/1.0"  # an answer to nonsense has a status line, too
     timeout = SENDING
     streaming = False
 
