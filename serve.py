@@ -57,6 +57,7 @@ READING = 5  # seconds in which a client must take a piece of its answer
 BODY = 2**24  # bytes of a request
 TEXT = 100_000  # characters of a conversation
 PICTURES = 8  # of a conversation
+STOPS = 1000  # characters of what ends an answer
 SCENES = 6  # held-out scenes of the toy world that the page offers
 DATA_URL = re.compile("data:image/[^,]*;base64,([^,]*)")
 NUMBERS = {  # of a request: sample.py's setting, and what reads it
@@ -120,6 +121,8 @@ def read_request(body, name):
     if task not in TASKS:
         raise BadInput(f"task: is none of {', '.join(TASKS)}")
     stop = fields.get("stop") or []
+    if len(str(stop)) > STOPS:
+        raise BadInput(f"stop: has over {STOPS} characters; shorten it")
     fields["stop"] = [stop] if isinstance(stop, str) else list(map(str, stop))
     return fields, {"max_new_tokens": sample.DECODING[task]["max_new_tokens"]} | asked
 
@@ -141,7 +144,7 @@ def to_ids(fields, model, tokenizer):
         for (text, shown), answer in zip(contents[::2], [*answers, None]):
             text = "\n".join([config.image_mark] * len(shown) + [text])
             turns.append((chat_turn(text) if turns else prompt("chat", text, ""), answer))
-        ids, _ = encode_turns(tokenizer, turns, config.visual_tokens)
+        ids, _ = encode_turns(tokenizer, turns, config.visual_tokens, config.llm.context)
     else:
         if len(contents) != 1 or len(urls) != 1:
             raise BadInput(f"task: {task} is asked in one message with one picture")
@@ -198,7 +201,6 @@ class Server(ThreadingTCPServer):
 
     def __init__(self, host, port, name, model, tokenizer):
         self.name = name
-        self.host = host
         self.talk = sample.Chat(model, tokenizer)
         self.waiting = []  # requests; the first of them has the model
         self.moved = threading.Condition()
@@ -239,9 +241,8 @@ class Server(ThreadingTCPServer):
             sure = len(said) - max(begun, default=0)
             yield said[:sure], None
             said = said[sure:]
-        room = self.talk.model.config.llm.context - len(ids)
-        full = len(self.talk.ids) - len(ids) == min(room, settings["max_new_tokens"])
-        yield said, "length" if full else "stop"
+        limits = (self.talk.model.config.llm.context, len(ids) + settings["max_new_tokens"])
+        yield said, "length" if len(self.talk.ids) in limits else "stop"
 
     def process_request(self, connection, address):
         self.deadlines[connection] = time.monotonic() + SENDING
@@ -288,7 +289,6 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         """Whatever happens, the client gets a status and the server goes on."""
         try:
-            self.check_caller()
             self.act()
         except BadInput as e:
             text = re.sub(r" <\S+ object at \w+>", "", str(e))
@@ -301,16 +301,13 @@ class Handler(BaseHTTPRequestHandler):
 
     do_POST = do_GET
 
-    def check_caller(self):
-        """A page from elsewhere must not use the model, not even with a name of its own for this machine."""
-        host = self.headers.get("Host", "")
-        name = re.sub(r":\d+$", "", host)
-        known = re.fullmatch(r"localhost|[\d.]+", name) or name == self.server.host
-        origin = self.headers.get("Origin")
-        if not known or (origin and origin.partition("://")[2] != host):
-            raise Refused(403, "Host, Origin: only this server's own page and address may be used")
-
     def act(self):
+        # a page from elsewhere must not use the model, not even under a name of its own for this machine
+        host = self.headers.get("Host", "")
+        origin = self.headers.get("Origin", f"http://{host}")
+        known = re.fullmatch(r"(localhost|[\d.]+)(:\d+)?", host)
+        if not known or origin.partition("://")[2] != host:
+            raise Refused(403, "Host, Origin: only this server's own page and address may be used")
         asked = f"{self.command} {self.path}"
         scene = re.fullmatch(r"GET /scenes/(\d)", asked)
         if asked == "POST /v1/chat/completions":
@@ -354,8 +351,12 @@ class Handler(BaseHTTPRequestHandler):
         """Answer as OpenAI's chat completions do, at once or in pieces."""
         talk = self.server.talk
         ids, pictures = to_ids(fields, talk.model, talk.tokenizer)
-        answer = {"id": f"chatcmpl-{secrets.token_hex(12)}", "object": "chat.completion"}
-        answer |= {"created": int(time.time()), "model": self.server.name}
+        answer = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": self.server.name,
+        }
         message = {"role": "assistant", "content": ""}
         for text, reason in self.server.answer(ids, pictures, settings, fields["stop"]):
             if self.left():
@@ -383,8 +384,9 @@ class Handler(BaseHTTPRequestHandler):
 
     def send_error(self, status, message=None, explain=None):
         """In OpenAI's shape. The library refuses with it, too, what cannot be read as HTTP, or is too long."""
-        error = {"message": (message or "this is no HTTP")[:500], "type": "invalid_request_error"}
-        error = {"error": error | {"param": None, "code": None}}
+        text = (message or "this is no HTTP")[:500]
+        error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+        error = {"error": error}
         with suppress(OSError):
             if self.streaming:
                 self.send_event(error)
@@ -429,7 +431,8 @@ def main(argv=None):
     except OSError as e:
         raise BadInput(f"{args.host}:{args.port}: {e.strerror}; name another --port") from None
     with server, on_signals(lambda _: threading.Thread(target=server.shutdown).start()):
-        print(f"{name} answers at http://{args.host}:{server.server_address[1]}", flush=True)
+        host, port = server.server_address
+        print(f"{name} answers at http://{host}:{port}", flush=True)
         server.serve_forever(0.1)
         for connection in list(server.deadlines):  # those who wait see their clients gone
             with suppress(OSError):

@@ -198,6 +198,7 @@ def shown(address):
 
 
 HELLO = wrong("hello")
+TURNS = [*HELLO["messages"], {"role": "assistant", "content": "hi"}]
 HEAD = b"IHDR" + struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)  # 30,000 x 30,000 in RGB
 BOMB = b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + HEAD + struct.pack(">I", zlib.crc32(HEAD))
 BOMB += struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
@@ -216,7 +217,7 @@ BOMB += struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
         ({"messages": [{"role": "user"}]}, "messages[0]"),
         ({"messages": [{"role": "system", "content": "be brief"}]}, "system prompt"),
         ({"messages": [*HELLO["messages"]] * 2}, "messages[1]"),
-        (HELLO | {"messages": [*HELLO["messages"], {"role": "assistant", "content": "x"}]}, "last"),
+        ({"messages": TURNS}, "last one must be the user's"),
         (wrong([{"type": "input_audio"}]), "a part that is"),
         (wrong("<ImageHere>"), "reserved mark"),
         (wrong("\ud800"), "UTF-8"),
@@ -237,6 +238,8 @@ BOMB += struct.pack(">I4sI", 0, b"IDAT", zlib.crc32(b"IDAT"))
         (HELLO | {"max_tokens": 10**30}, "max_tokens"),
         (HELLO | {"seed": 0.5}, "seed"),
         (HELLO | {"stop": {"a": 1}}, "stop"),
+        (HELLO | {"stop": ["a" * 2000]}, "stop"),
+        ({"messages": (TURNS * 2000)[:-1]}, "context is 300"),
         (HELLO | {"stream": "yes"}, "stream"),
         (HELLO | {"tools": [{}]}, "tools"),
         (HELLO | {"n": 2}, "n:"),
