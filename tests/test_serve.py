@@ -154,6 +154,7 @@ def test_why_an_answer_ends_and_how_long_it_is(server, client, monkeypatch):
         (["threefold", "ee f"], "one two thr"),
         (["wo th", "e t"], "on"),
         (["four!", "fours"], "one two three four"),
+        (["two", "ne tw"], "o"),
     ):
         stream = create(client, message("hello"), stop=stop, stream=True)
         chunks = [chunk.choices[0] for chunk in stream]
