@@ -143,13 +143,13 @@ def to_ids(fields, model, tokenizer):
         answers = [text for text, _ in contents[1::2]]
         for (text, shown), answer in zip(contents[::2], [*answers, None]):
             text = "\n".join([config.image_mark] * len(shown) + [text])
-            turns.append((chat_turn(text) if turns else prompt("chat", text, ""), answer))
+            turns.append((chat_turn(text, tokenizer.template, first=not turns), answer))
         ids, _ = encode_turns(tokenizer, turns, config.visual_tokens, config.llm.context)
     else:
         if len(contents) != 1 or len(urls) != 1:
             raise BadInput(f"task: {task} is asked in one message with one picture")
         asked = SimpleNamespace(task=task, prompt=contents[0][0], image=True)
-        asked = sample.question(asked).replace(MARK, config.image_mark)
+        asked = prompt(task, sample.question(asked)).replace(MARK, config.image_mark)
         ids = encode_prompt(tokenizer, asked, config.visual_tokens)
     sample.check_length(ids, config, "the conversation")
     side, pad = config.vit.image_size, TASKS[task].pad
