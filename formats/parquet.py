@@ -45,9 +45,10 @@ class Parquet:
         images = [self.picture(picture, where) for picture in pictures]
         turns = need_list(fields, "conversations", where)
         for turn in need_list(fields, "texts", where):
+            turn = turn or {}
             turns += [
-                {"from": "human", "value": turn["user"]},
-                {"from": "gpt", "value": turn["assistant"]},
+                {"from": "human", "value": turn.get("user")},
+                {"from": "gpt", "value": turn.get("assistant")},
             ]
         fields["conversations"] = turns
         return conversation(where, turns, images, fields, add_marks=True)
@@ -55,10 +56,12 @@ class Parquet:
     def picture(self, picture, where):
         """{bytes, path} -> (bytes, 0, -1), or where the file of that name lies."""
         if isinstance(picture, bytes):
-            return picture, 0, -1
-        if picture and picture["bytes"]:
-            return picture["bytes"], 0, -1
-        if picture and picture["path"] and self.source.images:
+            picture = {"bytes": picture}
+        if not isinstance(picture, dict):
+            picture = {}
+        if content := picture.get("bytes"):
+            return content, 0, -1
+        if picture.get("path") and self.source.images:
             return self.source.image(picture["path"], where)
         raise BadInput(f"{where}: has an empty picture; fetch the file again")
 

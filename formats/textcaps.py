@@ -5,7 +5,7 @@ Training takes every caption once; evaluation every picture once, with all its c
 import numpy as np
 
 from formats.json_index import JsonIndex, id_number
-from formats.records import Record, named, need, need_list
+from formats.records import Record, clean, named, need, need_list
 
 
 class TextCaps:
@@ -30,4 +30,5 @@ class TextCaps:
             answers = [need(fields, "caption_str", where)]
         else:
             answers = need_list(fields, "reference_strs", where)  # none in the test's file
+            answers = [clean(answer, where) for answer in answers]
         return Record(where, [image], answers=answers, fields=fields)

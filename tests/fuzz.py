@@ -18,6 +18,7 @@ import zlib
 from pathlib import Path
 
 import oracle
+import published
 import tiny
 import torch
 from faults import forked
@@ -336,6 +337,128 @@ class Mixtures:
         list(data.batches(0, 1) if train else data.samples())
 
 
+PAPER = """[[source]]
+name = "gqa"
+format = "gqa"
+annotations = "gqa/train_balanced_questions.json"
+images = "gqa/images"
+[[source]]
+name = "textvqa"
+format = "textvqa"
+annotations = "textvqa/TextVQA_0.5.1_train.json"
+images = "textvqa/train_images"
+[[source]]
+name = "textcaps"
+format = "textcaps"
+annotations = "textcaps/TextCaps_0.1_train.json"
+images = "textvqa/train_images"
+[[source]]
+name = "ocrvqa"
+format = "ocrvqa"
+split = "train"
+annotations = "ocr_vqa/dataset.json"
+images = "ocr_vqa/images"
+[[source]]
+name = "aokvqa"
+format = "aokvqa"
+annotations = "aokvqa/aokvqa_v1p0_train.json"
+images = "coco/train2017"
+[[source]]
+name = "vg"
+format = "visual-genome"
+annotations = "vg/region_descriptions.json"
+images = "vg"
+[[source]]
+name = "refs"
+format = "refer"
+split = "all"
+annotations = "refcoco/refs(unc).p"
+instances = "refcoco/instances.json"
+images = "coco/train2014"
+"""
+HUB = '[[source]]\nname = "hub"\nformat = "parquet"\nfiles = "hub.parquet"\n'
+
+
+class Published(Mixtures):
+    """The paper's sets as they are published, and parquet: one file of all is not what it was."""
+
+    MARKS = (
+        b"cos\nsystem\n",
+        b"R",
+        b"c__builtin__\neval\n",
+        b"(",
+        b"t",
+        b"}",
+        b".",
+        b"r\xff\xff\xff\x00",
+    )
+
+    def __init__(self, kind, folder):
+        self.kind, self.folder = kind, folder
+        self.tokenizer = Tokenizer(tiny.TOKENIZER)
+        published.write_sets(folder)
+        if kind == "parquet":
+            import pyarrow
+            from pyarrow import parquet
+
+            said = [{"user": "what?", "assistant": "red"}]
+            shown = [{"bytes": pictures()[0], "path": "a.png"}]
+            rows = {"images": [shown, None] * 4, "texts": [said, said * 2] * 4}
+            parquet.write_table(pyarrow.table(rows), folder / "hub.parquet", row_group_size=3)
+            names = [folder / "hub.parquet"]
+        else:
+            names = [folder / "refcoco/refs(unc).p"] if kind == "refs" else folder.rglob("*.json")
+        (folder / "m.toml").write_text(HUB if kind == "parquet" else PAPER)
+        named = (folder / "m.toml").read_text()
+        keep = [path for path in names if path.relative_to(folder).as_posix() in named]
+        self.sound = {path: path.read_bytes() for path in sorted(keep or names)}
+
+    def mutated(self, rng):
+        path = rng.choice(list(self.sound))
+        raw = self.sound[path]
+        if path.suffix == ".json":
+            return path, json_of(json.loads(raw), rng)
+        return path, bytes_of(raw, rng, self.MARKS)
+
+    def read(self, change):
+        for path, raw in (*self.sound.items(), change):
+            path.write_bytes(raw)
+        self.everything(train=zlib.crc32(change[1]) % 2 == 0)
+
+
+class Words:
+    """tokenizer.json of a byte-level BPE."""
+
+    def __init__(self, kind, folder):
+        self.file = folder / "tokenizer.json"
+        (folder / "generation_config.json").write_text('{"eos_token_id": 2}')
+        letters = [chr(n) for n in range(33, 127)] + ["ab", "abc"]
+        words = {name: n + 3 for n, name in enumerate(letters)}
+        words |= {"<unk>": 0, "<s>": 1, "</s>": 2}
+        special = [{"id": 2, "content": "</s>", "special": True}]
+        cut = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+        split = {
+            "type": "Split",
+            "pattern": {"Regex": r"\p{N}| ?[^\s\p{L}\p{N}]+"},
+            "behavior": "Isolated",
+        }
+        self.sound = {
+            "added_tokens": special,
+            "normalizer": None,
+            "pre_tokenizer": {"type": "Sequence", "pretokenizers": [split, cut]},
+            "post_processor": None,
+            "model": {"type": "BPE", "vocab": words, "merges": ["a b", "ab c"]},
+        }
+
+    def mutated(self, rng):
+        return json_of(self.sound, rng)
+
+    def read(self, raw):
+        self.file.write_bytes(raw)
+        tokenizer = Tokenizer(self.file)
+        tokenizer.decode(tokenizer.encode("A chat \u4e2d of abc <box>(0.12,0.34)\n"))
+
+
 class Tokenizers:
     MARKS = b"\x0a\x00", b"\x12", b"\x08\xff\xff\xff\xff\x0f", b"\xff" * 9
 
@@ -411,6 +534,7 @@ class Weights:
 
 READERS = (
     dict.fromkeys((*JSONS, "tar", "image", "toml"), Mixtures)
-    | {"tokenizer": Tokenizers}
+    | dict.fromkeys(("paper", "refs", "parquet"), Published)
+    | {"tokenizer": Tokenizers, "words": Words}
     | dict.fromkeys(("checkpoint", "llama", "pickle"), Weights)
 )
