@@ -39,7 +39,7 @@ from formats.pictures import WHOLE, padded_region, peek, to_square, upright
 from formats.records import clean
 from model import IMAGE, KVCache
 from support.commands import Parser, amount, natural, number, positive, run
-from support.drawing import NAMED, check_target, draw_boxes, sheet
+from support.drawing import NAMED, check_target, draw_boxes, sheet, unused
 from support.errors import BadInput
 from support.processes import on_signals
 from support.start import DTYPES, adapter_kind, load_model, newest
@@ -527,13 +527,6 @@ def answer_all(args):
         draw_boxes(image, boxes).save(args.save)
     else:
         sheet(cells, args.save)
-
-
-def unused(path):
-    """The path, or, where something is there already, the same with a number."""
-    path = Path(path)
-    names = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
-    return next(name for name in itertools.chain([path], names) if not name.exists())
 
 
 def in_pixels(box, image):

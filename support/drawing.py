@@ -1,5 +1,6 @@
 """Boxes on pictures, and contact sheets."""
 
+import itertools
 import textwrap
 from pathlib import Path
 
@@ -81,3 +82,10 @@ def check_target(path, *inputs):
                 f"{path}: belongs to what is read and is not written over; "
                 "remove it, or name another"
             )
+
+
+def unused(path):
+    """The path, or, where something is there already, the same with a number."""
+    path = Path(path)
+    names = (path.with_stem(f"{path.stem}-{n}") for n in itertools.count(2))
+    return next(name for name in itertools.chain([path], names) if not name.exists())
