@@ -1,8 +1,8 @@
 """How right the trained model is: answers for a whole data set, scored.
 
     python evaluate.py                                                # the newest model of out/, the held-out toy world
-    python evaluate.py --ckpt out/stage2 --data recipes/refcoco.toml --sheet rights-and-wrongs.png
-    torchrun --nproc_per_node 8 evaluate.py --ckpt out/stage3 --data recipes/vqav2.toml --batch 16
+    python evaluate.py --ckpt out/stage2 --data mine.toml --sheet rights-and-wrongs.png
+    torchrun --nproc_per_node 8 evaluate.py --ckpt out/stage2 --data recipes/eval.toml --batch 16
     python evaluate.py --ckpt llava-1.5-7b-hf/ --pope coco_pope_random.json --images val2014/ --task chat
     python evaluate.py --ckpt out/stage3 --mme MME_Benchmark_release_version/
     python evaluate.py --ckpt out/stage3 --task choice --data MMStar.tsv --by likelihood

@@ -246,5 +246,5 @@ def say_foreign(data):
         if share > FOREIGN:
             print(
                 f"source '{name}': {share:.0%} of its text is read letter by letter, as the LLM has no words "
-                "for it; the toy's knows its own world's alone, so take a real one with --llm"
+                "for it (the toy's knows those of its own world alone), so it will learn little of that"
             )

@@ -13,6 +13,8 @@ from pathlib import Path
 
 import torch
 
+from iaa import BranchedInfMLLM
+from lora import LoraInfMLLM, merged
 from support.commands import Parser, run
 from support.errors import BadInput
 from support.files import whole
@@ -42,6 +44,14 @@ def export(model, tokenizer, path):
     path = Path(path)
     if path.exists() and any(path.iterdir()):
         raise BadInput(f"{path}: is not empty; name a new folder")
+    if isinstance(model, LoraInfMLLM):
+        plain, tensors = merged(model)
+        plain.load_state_dict(tensors, assign=True)
+        model = plain
+    if isinstance(model, BranchedInfMLLM):
+        raise BadInput(
+            "a branch of inner adaptors is known to no other program; export its base, which has the LLM"
+        )
     path.mkdir(parents=True, exist_ok=True)
     if model.config.adapter == "mlp":
         export_llava(model, path, tokenizer)

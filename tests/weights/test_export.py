@@ -9,8 +9,10 @@ import transformers
 from PIL import Image
 from tiny import ROOT, TOKENIZER, model
 
+import iaa
+import lora
 import weights
-from model import CLIP_L, IMAGE, Config, InfMLLM, LlamaConfig, ViTConfig, init
+from model import CLIP_L, IMAGE, SIGLIP_BASE, Config, InfMLLM, LlamaConfig, ViTConfig, init
 from sample import generate, square, visible
 from support.commands import run
 from support.errors import BadInput
@@ -76,9 +78,13 @@ def test_a_wide_picture_is_padded_as_in_our_chats(tmp_path):
     assert ((theirs * std + mean) - pixels).abs().max() < 0.02  # two programs' bicubic
 
 
-def test_the_lines_of_the_page_say_what_we_say(tmp_path, monkeypatch):
+@pytest.mark.parametrize("tower", ["eva", "clip", "siglip"])
+def test_the_lines_of_the_page_say_what_we_say(tmp_path, monkeypatch, tower):
     tokenizer = Tokenizer(TOKENIZER)
-    ours = model(pixels=32).eval()
+    small = dict(image_size=32, patch=8, width=16, layers=2, heads=2, mlp=32)
+    kinds = {"eva": {}, "clip": CLIP_L, "siglip": SIGLIP_BASE}
+    llm = LlamaConfig(tokenizer.size, 32, 2, 2, 1, 48, context=256)
+    ours = init(InfMLLM(Config(ViTConfig(**kinds[tower] | small), llm, grid=2))).eval()
     with torch.no_grad():
         for p in ours.parameters():
             p.mul_(8) if p.ndim > 1 else p.add_(0.1 * torch.randn(p.shape))
@@ -96,6 +102,22 @@ def test_the_lines_of_the_page_say_what_we_say(tmp_path, monkeypatch):
         want = ours(pixels, torch.tensor([ids]))
         got = names["logits"]((pixels / 255 - mean) / std, before, after)
     assert want.std() > 0.3 and (got - want).abs().max() < 2e-5
+
+
+def test_low_rank_matrices_are_merged_and_a_branch_is_refused(tmp_path):
+    tokenizer = Tokenizer(TOKENIZER)
+    tuned = lora.grow(model(), 4, ["q", "down"])
+    with torch.no_grad():
+        for p in tuned.branch.parameters():
+            p.add_(0.3 * torch.randn(p.shape))
+    export.export(tuned, tokenizer, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out/llm").eval()
+    ids = torch.tensor([[1, 5, 9, 7]])
+    with torch.no_grad():
+        want = tuned.llm.head(tuned.llm(ids))
+        assert (theirs(ids).logits - want).abs().max() < 2e-5 * want.abs().max().clamp(min=1)
+    with pytest.raises(BadInput, match="branch of inner adaptors"):
+        export.export(iaa.grow(model(), "mm", [0]), tokenizer, tmp_path / "no")
 
 
 def test_what_is_no_llava_and_a_folder_in_use_are_refused(tmp_path, made, capsys):
