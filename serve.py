@@ -47,7 +47,7 @@ from support.errors import BadInput
 from support.processes import on_signals
 from support.start import DTYPES, adapter_kind, newest
 from text import encode_prompt, encode_turns
-from text.templates import MARK, TASKS, chat_turn, prompt
+from text.templates import MARK, TASKS, chat_turn, own_words, prompt
 
 PAGE = Path(__file__).parent / "support/page.html"
 QUEUE = 8  # requests that may wait for the model
@@ -140,17 +140,17 @@ def to_ids(fields, model, tokenizer):
         )
     if task == "chat":
         turns = []
-        answers = [text for text, _ in contents[1::2]]
-        for (text, shown), answer in zip(contents[::2], [*answers, None]):
+        for (text, shown), (answer, _) in zip(contents[::2], contents[1::2] + [(None, [])]):
             text = "\n".join([config.image_mark] * len(shown) + [text])
             turns.append((chat_turn(text, tokenizer.template, first=not turns), answer))
         ids, _ = encode_turns(tokenizer, turns, config.visual_tokens, config.llm.context)
     else:
         if len(contents) != 1 or len(urls) != 1:
             raise BadInput(f"task: {task} is asked in one message with one picture")
-        asked = SimpleNamespace(task=task, prompt=contents[0][0], image=True)
-        asked = prompt(task, sample.question(asked)).replace(MARK, config.image_mark)
-        ids = encode_prompt(tokenizer, asked, config.visual_tokens)
+        text = sample.question(SimpleNamespace(task=task, prompt=contents[0][0]))
+        task, text = own_words(task, text, tokenizer.template)
+        text = prompt(task, text, template=tokenizer.template).replace(MARK, config.image_mark)
+        ids = encode_prompt(tokenizer, text, config.visual_tokens)
     sample.check_length(ids, config, "the conversation")
     side, pad = config.vit.image_size, TASKS[task].pad
     return ids, [sample.square(read_picture(url), side, pad) for url in urls]
