@@ -267,7 +267,7 @@ def test_a_source_that_the_llm_has_no_words_for_is_said(tmp_path, capsys, monkey
         assert run(f"--stage 1 --init start --steps 1 --out {foreign}") == 0
         said = capsys.readouterr().out
         assert ("% of its text is read letter by letter" in said) == foreign
-        assert ("source 'captions': " in said and "real one with --llm" in said) == foreign
+        assert ("source 'captions': " in said and "its own world alone" in said) == foreign
 
 
 # ---- guards ----------------------------------------------------------------------------------------------------------
