@@ -318,8 +318,8 @@ class Handler(BaseHTTPRequestHandler):
         elif asked == "GET /health":
             self.reply_json(200, {"status": "ok", "waiting": len(self.server.waiting)})
         elif asked == "GET /":
-            page = PAGE.read_text(encoding="utf-8").replace("NONCE", NONCE)
-            self.reply(200, "text/html; charset=utf-8", page.encode())
+            page = PAGE.read_bytes().replace(b"NONCE", NONCE.encode())
+            self.reply(200, "text/html; charset=utf-8", page)
         elif scene and int(scene[1]) < SCENES:
             png = BytesIO()
             toy.draw(toy.scene(0, "heldout", int(scene[1]))).save(png, "PNG")
@@ -385,8 +385,9 @@ class Handler(BaseHTTPRequestHandler):
     def send_error(self, status, message=None, explain=None):
         """In OpenAI's shape. The library refuses with it, too, what cannot be read as HTTP, or is too long."""
         text = (message or "this is no HTTP")[:500]
-        error = {"message": text, "type": "invalid_request_error", "param": None, "code": None}
-        error = {"error": error}
+        error = {
+            "error": {"message": text, "type": "invalid_request_error", "param": None, "code": None}
+        }
         with suppress(OSError):
             if self.streaming:
                 self.send_event(error)

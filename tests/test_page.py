@@ -102,6 +102,8 @@ def drop(page, scene=SCENE):
 
 def press(page, name):
     page.get_by_role("button", name=name).click()
+    if name.startswith("Toy scene"):  # a question asked before it has come would be about nothing
+        page.get_by_text(f"picture: {name.lower()}").wait_for()
 
 
 def answer(page, n=0):
@@ -214,7 +216,6 @@ def test_a_conversation_goes_on_until_there_is_a_new_picture(pages, says):
         answer(page, n)
     assert all(word in asked[-1] for word in ("one?", "yes", "two?"))
     press(page, "Toy scene 3")
-    page.get_by_text("toy scene 3").wait_for()
     page.get_by_role("textbox").fill("three?")
     page.keyboard.press("Enter")
     answer(page, 2)
