@@ -1,0 +1,216 @@
+"""The adapters on one bench: each at a learning rate of its own, all with the same training FLOPs.
+
+For every arm three pairs of peak rate and warm-up are tried with one seed, and scored on a validation set, which is
+another world's; the best of them trains with three seeds and is scored on the held-out set. An arm that costs more
+FLOPs a row than `pool 4x4` takes as many fewer steps. What is finished is a line of docs/adapters.jsonl and is not
+run again: to add an arm, add it here.
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import mean
+from threading import Lock
+
+import torch
+
+import toy
+from model import PRESETS
+from support.plan import flops
+from support.start import adapter_kind
+from tools.measure import device_name
+from tools.runs import OUT, ROWS, scores, show, train, value
+from train import TOY
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+RECORDS = Path("docs/adapters.jsonl")
+FIGURE = Path("assets/pictures/adapters.png")
+ARMS = {  # --adapter and --grid
+    "pool 4x4": ("pool", 4),
+    "pool 4x4, no norm": ("tools/plain.py:PlainPool", 4),
+    "resampler": ("resampler", 4),
+    "resampler, no norm": ("tools/plain.py:PlainResampler", 4),
+    "pixel shuffle": ("examples/shuffle.py:Shuffle", 4),
+    "pixel shuffle, no norm": ("tools/plain.py:PlainShuffle", 4),
+    "low frequencies": ("examples/fourier.py:Fourier", 4),
+    "low frequencies, no norm": ("tools/plain.py:PlainFourier", 4),
+    "convolutions": ("examples/abstractor.py:Abstractor", 4),
+    "convolutions, no norm": ("tools/plain.py:PlainAbstractor", 4),
+    "pool 2x2": ("pool", 2),
+    "pool 2x2, no norm": ("tools/plain.py:PlainPool", 2),
+    "pool 8x8": ("pool", 8),  # of 8x8 patches: mlp with a norm
+    "mlp": ("mlp", 8),
+}
+HOW = [
+    (1.5e-3, 0.1),
+    (5e-3, 0.03),
+    (1e-2, 0.1),
+]  # the adapter's peak rate in stages 1 and 2, warm-up
+STEPS = {1: 150, 2: 600, 3: 200}  # of pool 4x4, 32 rows each
+LONGER = 4  # times as many of each, for the two arms that the README's claim is about
+CHOSEN_BY = ("captions, any order", "VQA", "boxes, Acc@0.5")  # by their mean
+SHARE = TOY[3].lr["adapter"] / TOY[1].lr["adapter"]  # the rate of stage 3 in that of stage 1
+
+
+@dataclass(frozen=True)
+class Run:
+    """A line of the records is this and what came of it."""
+
+    arm: str
+    rate: float
+    warmup: float
+    seed: int
+    on: str  # validation or held out
+    times: int = 1  # the steps
+
+    @property
+    def home(self):
+        name = "-".join(str(x) for x in (self.arm, self.rate, self.seed, self.times))
+        return OUT / "adapters" / name.replace(", ", "-").replace(" ", "-")
+
+
+def config(arm):
+    adapter, grid = ARMS[arm]
+    c = PRESETS["toy"]()
+    return replace(c, adapter=adapter_kind(adapter), grid=grid, ln_vision=adapter != "mlp")
+
+
+def steps(arm, stage):
+    """As many as cost what pool 4x4 costs."""
+    row = TOY[stage]
+    budget, own = (
+        sum(flops(config(name), row.text, row.answer, stage).values()) for name in ("pool 4x4", arm)
+    )
+    return round(STEPS[stage] * budget / own)
+
+
+def picture_flops(arm):
+    """Forward: the ViT, the adapter, and what the visual tokens add to a question's in the LLM."""
+    c = config(arm)
+    parts = flops(c, TOY[2].text, 1)
+    text = flops(c, TOY[2].text - c.visual_tokens, 1)["llm"]
+    return parts["vit"] + parts["adapter"] + parts["llm"] - text
+
+
+def trained(run, stage, start=()):
+    adapter, grid = ARMS[run.arm]
+    rate = run.rate * SHARE if stage == 3 else run.rate
+    how = ["--adapter", adapter, "--grid", grid, "--lr", f"adapter={rate:g}"]
+    budget = ["--batch", 32, "--eval-every", 0, "--save-every", 0]
+    budget += ["--warmup", run.warmup, "--steps", run.times * steps(run.arm, stage)]
+    train(stage, run.seed, run.home / f"stage{stage}", *start, *how, *budget)
+
+
+def result(run):
+    """What a run came to: trains and scores it."""
+    began = time.monotonic()
+    adapter = ("--adapter", ARMS[run.arm][0])
+    trained(run, 1, ["--init", "assets/toy"])
+    trained(run, 2)
+    if run.on == "validation":
+        asked = ("out/validation/asked.toml", run.home / "validation", "--limit", 200)
+        found = scores(run.home / "stage2", *asked, *adapter)
+    else:
+        trained(run, 3)
+        asked = ("out/toy/asked4.toml", run.home / "heldout", "--limit", 500)
+        found = scores(run.home / "stage3", *asked, *adapter)
+    kept = {name: value(found, name) for name, (source, _) in ROWS.items() if source in found}
+    types = {
+        f"{source}, {name}": metrics["score"]
+        for source in ("vqa", "chat")
+        for name, metrics in found.get(source, {}).items()
+        if name.startswith("type ")
+    }
+    took = {"minutes": (time.monotonic() - began) / 60, "machine": device_name(DEVICE)}
+    return kept | types | took
+
+
+class Records:
+    """docs/adapters.jsonl: a run that stands in it is not run again."""
+
+    def __init__(self):
+        self.lock = Lock()
+        lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
+        self.known = {}
+        for record in map(json.loads, lines):
+            self.known[tuple(record[name] for name in Run.__dataclass_fields__)] = record
+
+    def of(self, run):
+        key = tuple(asdict(run).values())
+        if key not in self.known:
+            record = asdict(run) | result(run)
+            with self.lock, open(RECORDS, "a") as file:
+                file.write(json.dumps(record) + "\n")
+            self.known[key] = record
+        return self.known[key]
+
+
+def adapters(pool, runs, arms=None):
+    for folder, split, sources in (
+        ("out/validation", "asked", ("captions", "vqa", "refs")),
+        ("out/toy", "asked4", ("captions", "vqa", "refs", "chat")),
+    ):
+        toy.write(
+            folder, seed=int("validation" in folder), scenes=10_000 if "toy" in folder else 500
+        )
+        toy.write_mixture(Path(folder, f"{split}.toml"), "heldout", dict.fromkeys(sources))
+    records = Records()
+    arms = arms or list(ARMS)
+    for arm in arms:  # names the classes of all files before threads do
+        config(arm)
+
+    tried = [Run(arm, *how, 0, "validation") for arm in arms for how in HOW]
+    best = {}
+    for run, record in zip(tried, pool.map(records.of, tried)):
+        score = mean(record[name] for name in CHOSEN_BY)
+        best[run.arm] = max(best.get(run.arm, (0,)), (score, run.rate, run.warmup))
+    final = [Run(arm, *best[arm][1:], seed, "held out") for seed in range(runs) for arm in arms]
+    two = [arm for arm in ("pool 4x4", "resampler") if arm in arms]
+    longer = [Run(arm, *best[arm][1:], 0, "held out", LONGER) for arm in two]
+    rows = {}
+    for run, record in zip(final + longer, pool.map(records.of, final + longer)):
+        name = f"{run.arm}, {run.times} x the steps" if run.times > 1 else run.arm
+        rows.setdefault(name, []).append(record)
+    print_table(rows)
+    plot({name: found for name, found in rows.items() if name in ARMS})
+    return {name: [record["boxes, Acc@0.5"] for record in found] for name, found in rows.items()}
+
+
+def print_table(rows):
+    columns = list(ROWS)[:5]
+    print(f"| adapter | tokens | MFLOP a picture | steps | rate, warm-up | {' | '.join(columns)} |")
+    print("|---" * (5 + len(columns)) + "|")
+    for name, found in rows.items():
+        record = found[0]
+        arm = record["arm"]
+        every = ", ".join(f"{record['times'] * steps(arm, stage)}" for stage in STEPS)
+        cost = f"{picture_flops(arm) / 1e6:.0f}"
+        how = f"{record['rate']:g}, {record['warmup']:g}"
+        cells = [name, config(arm).visual_tokens, cost, every, how]
+        cells += [show([record[column] for record in found], 3) for column in columns]
+        print(f"| {' | '.join(map(str, cells))} |")
+
+
+def plot(rows):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4))
+    axes = figure.subplots()
+    for number, (name, found) in enumerate(rows.items()):
+        boxes = [record["boxes, Acc@0.5"] for record in found]
+        cost = picture_flops(name) / 1e6
+        marker = "x" if "no norm" in name or name == "mlp" else "o"
+        axes.errorbar(
+            cost,
+            mean(boxes),
+            [[mean(boxes) - min(boxes)], [max(boxes) - mean(boxes)]],
+            fmt=marker,
+            color=f"C{number // 2}",
+            label=name,
+            capsize=2,
+        )
+    axes.set(xlabel="MFLOP a picture, forward", ylabel="held-out boxes, Acc@0.5", ylim=(0, 1))
+    axes.legend(fontsize=7, ncols=2)
+    figure.savefig(FIGURE, dpi=110, bbox_inches="tight")
+    print(f"\ndrew {FIGURE}: mean and range over the seeds")
