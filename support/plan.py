@@ -1,8 +1,13 @@
 """What a run will take: parameters, memory, arithmetic. `s` is a train.Settings."""
 
+from functools import cache
+
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
 
 import model as models
+from adapter import ADAPTERS
 from formats.pictures import peek
 from lora import LowRank
 from model import PARTS
@@ -101,6 +106,21 @@ def memory(model, s, world=1):
     }
 
 
+@cache
+def adapter_flops(make, inputs, side, gradients, to_patches):
+    """FLOPs of an adapter, make(*inputs), for one image of side x side patches; with gradients: those of its
+    weights and, where asked, of the patches. Torch counts them on the meta device. What an adapter does once a
+    batch, as a resampler with its queries, counts for every image."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        # in fp64 the pool is no kernel, which would not run without a device
+        patches = torch.empty(1, side**2, inputs[0], dtype=torch.float64, requires_grad=to_patches)
+        with sdpa_kernel(SDPBackend.MATH):
+            y = make(*inputs).double()(patches)
+            if gradients:
+                y.sum().backward()
+    return counter.get_total_flops()
+
+
 def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0, rank=0, on=()):
     """FLOPs of one image-text pair by part: the forward pass; with a stage also its gradients.
 
@@ -115,8 +135,7 @@ def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0, ra
     patch_embed = 2 * v.side**2 * 3 * v.patch**2 * v.width
     vit_matrices = 2 * patches * (4 * v.width**2 + 2 * v.width * v.mlp)
     vit = patch_embed + v.layers * (vit_matrices + 4 * patches**2 * v.width)
-    adapter_in = 2 * c.visual_tokens * v.width * l.width
-    adapter_out = 2 * c.visual_tokens * l.width**2
+    adapter = (ADAPTERS[c.adapter], (v.width, l.width, c.grid, c.ln_vision), v.side)
     q_width, kv_width = l.heads * l.head_dim, l.kv_heads * l.head_dim
     qv = 2 * T * l.width * (q_width + kv_width)
     layer = 2 * T * l.width * (2 * q_width + 2 * kv_width + 3 * l.mlp)
@@ -127,7 +146,7 @@ def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0, ra
     head = 2 * supervised * l.width * l.vocab
     parts = {
         "vit": vit,
-        "adapter": adapter_in + adapter_out,
+        "adapter": adapter_flops(*adapter, False, False),
         "llm": layers * (layer + low + attention),
         "head": head,
     }
@@ -137,8 +156,7 @@ def flops(c: models.Config, text, supervised, stage=None, tune=None, inner=0, ra
     vit_trains = stage == 2 and tune not in ("inner", "lora")
     if vit_trains:
         parts["vit"] += 2 * vit - patch_embed  # pixels need no gradient
-    to_patches = vit_trains or c.ln_vision  # the gradient flows on through fc1
-    parts["adapter"] += 2 * adapter_out + adapter_in * (2 if to_patches else 1)
+    parts["adapter"] = adapter_flops(*adapter, True, vit_trains)
     trained = {"none": 0, "qv": l.layers * qv, "full": l.layers * layer, "inner": inner * layer}
     trained["lora"] = layers * low
     parts["llm"] += layers * (layer + low + 2 * attention) + trained[tune]
