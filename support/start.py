@@ -116,7 +116,10 @@ def build(s, say=True, plan=False):
     with torch.device("meta"):
         model = models.InfMLLM(config)
     model.vit, model.llm = vit, llm
-    if (s.start or plan) and shapes(base.adapter) == shapes(model.adapter):
+    alike = type(base.adapter) is type(
+        model.adapter
+    )  # another class means other things by its names
+    if (s.start or plan) and alike and shapes(base.adapter) == shapes(model.adapter):
         base.adapter.grid = config.grid
         model.adapter = base.adapter
     else:

@@ -91,7 +91,10 @@ def test_an_adapter_of_a_users_own_file(here, name, width):
     shuffle, own = "examples/shuffle.py:Shuffle", f"examples/{name}.py:{kind}"
     assert own in PAGE
     first, second, asked = [line.replace(shuffle, own) for line in commands("shuffle")]
-    typed(here, f"{first} --init start")
+    said = typed(here, f"{first} --init start")
+    assert (
+        f"fresh ({kind})" in said
+    )  # start's pool may have the same shapes: it is another function
     one = tensors(here / "out/stage1")["adapter.fc1.weight"]
     assert one.shape == (32, width)
     config = json.loads((weights.find(here / "out/stage1") / "config.json").read_text())
