@@ -116,9 +116,8 @@ def build(s, say=True, plan=False):
     with torch.device("meta"):
         model = models.InfMLLM(config)
     model.vit, model.llm = vit, llm
-    alike = type(base.adapter) is type(
-        model.adapter
-    )  # another class means other things by its names
+    # parameters of equal shapes may belong to another function
+    alike = type(base.adapter) is type(model.adapter)
     if (s.start or plan) and alike and shapes(base.adapter) == shapes(model.adapter):
         base.adapter.grid = config.grid
         model.adapter = base.adapter

@@ -92,9 +92,7 @@ def test_an_adapter_of_a_users_own_file(here, name, width):
     assert own in PAGE
     first, second, asked = [line.replace(shuffle, own) for line in commands("shuffle")]
     said = typed(here, f"{first} --init start")
-    assert (
-        f"fresh ({kind})" in said
-    )  # start's pool may have the same shapes: it is another function
+    assert f"fresh ({kind})" in said  # and not start's pool, though its shapes may fit
     one = tensors(here / "out/stage1")["adapter.fc1.weight"]
     assert one.shape == (32, width)
     config = json.loads((weights.find(here / "out/stage1") / "config.json").read_text())
