@@ -169,7 +169,8 @@ def adapters(pool, runs, arms=None):
     two = [arm for arm in ("pool 4x4", "resampler") if arm in arms]
     longer = [Run(arm, *best[arm][1:], 0, "held out", LONGER) for arm in two]
     rows = {}
-    for run, record in zip(final + longer, pool.map(records.of, final + longer)):
+    jobs = longer + final  # the longest first
+    for run, record in zip(jobs, pool.map(records.of, jobs)):
         name = f"{run.arm}, {run.times} x the steps" if run.times > 1 else run.arm
         rows.setdefault(name, []).append(record)
     print_table(rows)
