@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import weights
+
 OUT = Path("out/study")
 ROWS = {  # of the tables: source, metric as evaluate.py names it; None: the lowest of its types
     "captions, any order": ("captions", "exact, any order"),
@@ -31,6 +33,10 @@ def run(program, *flags):
 def train(stage, seed, out, *flags):
     named = ("--stage", stage, "--seed", seed, "--out", out, "--resume", "--score-rows", 0)
     run("train", *named, "--workers", 2, *flags)
+    newest = weights.find(out)
+    steps = weights.read_checked(newest, "config.json")["training"]["steps"]
+    if newest.name != f"step-{steps:08d}":  # a signal ends a run in peace
+        sys.exit(f"{out} was stopped at {newest.name} of {steps}")
 
 
 def scores(ckpt, data, out, *flags):

@@ -16,10 +16,11 @@ from threading import Lock
 import torch
 
 import toy
-from model import PRESETS
+from model import PRESETS, InfMLLM
 from support.plan import flops
 from support.start import adapter_kind
-from tools.measure import device_name
+from tools.bench_train import our_side, random_samples
+from tools.measure import device_name, in_turns, update_clock
 from tools.runs import OUT, ROWS, scores, show, train, value
 from train import TOY
 
@@ -166,11 +167,10 @@ def adapters(pool, runs, arms=None):
         score = mean(record[name] for name in CHOSEN_BY)
         best[run.arm] = max(best.get(run.arm, (0,)), (score, run.rate, run.warmup))
     final = [Run(arm, *best[arm][1:], seed, "held out") for seed in range(runs) for arm in arms]
-    two = [arm for arm in ("pool 4x4", "resampler") if arm in arms]
+    two = [arm for arm in ("resampler", "pool 4x4") if arm in arms]
     longer = [Run(arm, *best[arm][1:], 0, "held out", LONGER) for arm in two]
     rows = {}
-    jobs = longer + final  # the longest first
-    for run, record in zip(jobs, pool.map(records.of, jobs)):
+    for run, record in zip(final + longer, pool.map(records.of, final + longer)):
         name = f"{run.arm}, {run.times} x the steps" if run.times > 1 else run.arm
         rows.setdefault(name, []).append(record)
     print_table(rows)
@@ -178,17 +178,32 @@ def adapters(pool, runs, arms=None):
     return {name: [record["boxes, Acc@0.5"] for record in found] for name, found in rows.items()}
 
 
+def speeds(arms):
+    """{arm: rows/s of an update of stage 2 on random rows}, all arms in turns."""
+    torch.set_num_threads(1)
+    row = replace(TOY[2], batch=32, rows=32)
+    sides = {}
+    for arm in arms:
+        c = config(arm)
+        samples = random_samples(c, row.rows, row.text, row.answer)
+        sides[arm], _ = our_side(InfMLLM(c), 2, samples, DEVICE, row=row)
+    took = in_turns(sides, repeat=5, clock=update_clock(DEVICE))
+    return {arm: row.rows / took[arm] for arm in arms}
+
+
 def print_table(rows):
     columns = list(ROWS)[:5]
-    print(f"| adapter | tokens | MFLOP a picture | steps | rate, warm-up | {' | '.join(columns)} |")
-    print("|---" * (5 + len(columns)) + "|")
+    named = ("adapter", "tokens", "MFLOP a picture", "rows/s", "steps", "rate, warm-up", *columns)
+    print(f"| {' | '.join(named)} |")
+    print("|---" * len(named) + "|")
+    rate = speeds({found[0]["arm"] for found in rows.values()})
     for name, found in rows.items():
         record = found[0]
         arm = record["arm"]
         every = ", ".join(f"{record['times'] * steps(arm, stage)}" for stage in STEPS)
         cost = f"{picture_flops(arm) / 1e6:.0f}"
         how = f"{record['rate']:g}, {record['warmup']:g}"
-        cells = [name, config(arm).visual_tokens, cost, every, how]
+        cells = [name, config(arm).visual_tokens, cost, f"{rate[arm]:.0f}", every, how]
         cells += [show([record[column] for record in found], 3) for column in columns]
         print(f"| {' | '.join(map(str, cells))} |")
 
