@@ -211,22 +211,19 @@ def print_table(rows):
 def plot(rows):
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(7, 4))
+    figure = Figure(figsize=(8, 4))
     axes = figure.subplots()
+    near = axes.inset_axes([0.42, 0.2, 0.4, 0.5], xlim=(142, 147), ylim=(0.8, 1))  # 16 tokens
     for number, (name, found) in enumerate(rows.items()):
         boxes = [record["boxes, Acc@0.5"] for record in found]
-        cost = picture_flops(name) / 1e6
-        marker = "x" if "no norm" in name or name == "mlp" else "o"
-        axes.errorbar(
-            cost,
-            mean(boxes),
-            [[mean(boxes) - min(boxes)], [max(boxes) - mean(boxes)]],
-            fmt=marker,
-            color=f"C{number // 2}",
-            label=name,
-            capsize=2,
-        )
+        middle = mean(boxes)
+        reach = [[middle - min(boxes)], [max(boxes) - middle]]
+        bare = "no norm" in name or name == "mlp"
+        how = dict(fmt="x" if bare else "o", color=f"C{number // 2}", capsize=2, label=name)
+        for shown in (axes, near):
+            shown.errorbar(picture_flops(name) / 1e6, middle, reach, **how)
+    axes.indicate_inset_zoom(near)
     axes.set(xlabel="MFLOP a picture, forward", ylabel="held-out boxes, Acc@0.5", ylim=(0, 1))
-    axes.legend(fontsize=7, ncols=2)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(FIGURE, dpi=110, bbox_inches="tight")
     print(f"\ndrew {FIGURE}: mean and range over the seeds")
