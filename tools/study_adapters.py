@@ -1,7 +1,7 @@
 """The adapters on one bench: each at a learning rate of its own, all with the same training FLOPs.
 
-For every arm three pairs of peak rate and warm-up are tried with one seed, and scored on a validation set, which is
-another world's; the best of them trains with three seeds and is scored on the held-out set. An arm that costs more
+For every arm three pairs of peak rate and warm-up (HOW) are tried with one seed, and scored on a validation set, which
+is another world's; the best of them trains with three seeds and is scored on the held-out set. An arm that costs more
 FLOPs a row than `pool 4x4` takes as many fewer steps. What is finished is a line of docs/adapters.jsonl and is not
 run again: to add an arm, add it here.
 """
@@ -48,6 +48,8 @@ HOW = [
     (5e-3, 0.03),
     (1e-2, 0.1),
 ]  # the adapter's peak rate in stages 1 and 2, warm-up
+# a fourth chance for those that learned to point at none of the three
+MORE = {"resampler": [(2e-2, 0.1)], "resampler, no norm": [(2e-2, 0.1)]}
 STEPS = {1: 150, 2: 600, 3: 200}  # of pool 4x4, 32 rows each
 LONGER = 4  # times as many of each, for the two arms that the README's claim is about
 CHOSEN_BY = ("captions, any order", "VQA", "boxes, Acc@0.5")  # by their mean
@@ -161,7 +163,7 @@ def adapters(pool, runs, arms=None):
     for arm in arms:  # names the classes of all files before threads do
         config(arm)
 
-    tried = [Run(arm, *how, 0, "validation") for arm in arms for how in HOW]
+    tried = [Run(arm, *how, 0, "validation") for arm in arms for how in HOW + MORE.get(arm, [])]
     best = {}
     for run, record in zip(tried, pool.map(records.of, tried)):
         score = mean(record[name] for name in CHOSEN_BY)
