@@ -43,11 +43,8 @@ ARMS = {  # --adapter and --grid
     "pool 8x8": ("pool", 8),  # of 8x8 patches: mlp with a norm
     "mlp": ("mlp", 8),
 }
-HOW = [
-    (1.5e-3, 0.1),
-    (5e-3, 0.03),
-    (1e-2, 0.1),
-]  # the adapter's peak rate in stages 1 and 2, warm-up
+# the adapter's peak rate in stages 1 and 2, and warm-up in all three
+HOW = [(1.5e-3, 0.1), (5e-3, 0.03), (1e-2, 0.1)]
 # a fourth chance for those that learned to point at none of the three
 MORE = {"resampler": [(2e-2, 0.1)], "resampler, no norm": [(2e-2, 0.1)]}
 STEPS = {1: 150, 2: 600, 3: 200}  # of pool 4x4, 32 rows each
@@ -150,14 +147,10 @@ class Records:
 
 
 def adapters(pool, runs, arms=None):
-    for folder, split, sources in (
-        ("out/validation", "asked", ("captions", "vqa", "refs")),
-        ("out/toy", "asked4", ("captions", "vqa", "refs", "chat")),
-    ):
-        toy.write(
-            folder, seed=int("validation" in folder), scenes=10_000 if "toy" in folder else 500
-        )
-        toy.write_mixture(Path(folder, f"{split}.toml"), "heldout", dict.fromkeys(sources))
+    toy.write("out/validation", seed=1, scenes=500)
+    asked = dict.fromkeys(("captions", "vqa", "refs"))
+    toy.write_mixture(Path("out/validation/asked.toml"), "heldout", asked)
+    toy.write_mixture(Path("out/toy/asked4.toml"), "heldout", asked | {"chat": None})
     records = Records()
     arms = arms or list(ARMS)
     for arm in arms:  # names the classes of all files before threads do
