@@ -164,10 +164,15 @@ def adapters(pool, runs, arms=None):
     final = [Run(arm, *best[arm][1:], seed, "held out") for seed in range(runs) for arm in arms]
     two = [arm for arm in ("resampler", "pool 4x4") if arm in arms]
     longer = [Run(arm, *best[arm][1:], 0, "held out", LONGER) for arm in two]
-    rows = {}
-    for run, record in zip(final + longer, pool.map(records.of, final + longer)):
-        name = f"{run.arm}, {run.times} x the steps" if run.times > 1 else run.arm
-        rows.setdefault(name, []).append(record)
+    list(pool.map(records.of, final + longer))
+
+    rows = {}  # of all arms, also where one alone was run
+    for record in sorted(
+        records.known.values(), key=lambda r: (r["times"], list(ARMS).index(r["arm"]))
+    ):
+        if record["on"] == "held out":
+            longer = f", {record['times']} x the steps" * (record["times"] > 1)
+            rows.setdefault(record["arm"] + longer, []).append(record)
     print_table(rows)
     plot({name: found for name, found in rows.items() if name in ARMS})
     return {name: [record["boxes, Acc@0.5"] for record in found] for name, found in rows.items()}
