@@ -18,13 +18,11 @@ from torch.nn import functional as F
 
 def low_pass(s, P, device):
     """(P, s): DCT-II of s places, its P lowest frequencies, inverse DCT at P places. Rows sum to 1."""
-    frequency = torch.arange(P, device=device) * math.pi  # (P,)
+    frequency = torch.arange(P, device=device) * math.pi  # (P,), of waves along a side
     here = (torch.arange(s, device=device) + 0.5) / s  # (s,)
     there = (torch.arange(P, device=device) + 0.5) / P  # (P,)
-    cosines = torch.cos(frequency[:, None] * here)  # (P, s)
-    inverse = torch.cos(there[:, None] * frequency)  # (P, P)
-    products = inverse[:, :, None] * cosines  # (P, P, s), frequencies in the middle
-    return (2 * products.sum(1) - 1) / s  # the lowest frequency is 1 everywhere, and counts once
+    weight = torch.where(frequency == 0, 1, 2) / s  # (P,)
+    return torch.cos(there[:, None] * frequency) * weight @ torch.cos(frequency[:, None] * here)
 
 
 class Fourier(nn.Module):

@@ -114,6 +114,12 @@ def adapter_flops(make, inputs, side, gradients, to_patches):
         # in fp64 the pool is no kernel: one needs a device to run on
         patches = torch.empty(1, side**2, inputs[0], dtype=torch.float64, requires_grad=to_patches)
         y = make(*inputs).double()(patches)
+        _, width, grid, _ = inputs
+        if y.shape != (1, grid**2, width):
+            raise BadInput(
+                f"--adapter {make.__name__}: makes {tuple(y.shape[1:])} of an image; for --grid {grid} and "
+                f"this LLM it has to be ({grid**2}, {width})"
+            )
         if gradients:
             y.sum().backward()
     return counter.get_total_flops()

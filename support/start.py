@@ -21,6 +21,7 @@ import weights
 from adapter import ADAPTERS
 from support.errors import BadInput
 from support.files import read_json
+from support.plan import flops
 from text import Tokenizer
 
 TUNED = {"inner": ("branch", "inner_layers"), "lora": ("rank", "lora_on")}  # settings of a branch
@@ -122,6 +123,7 @@ def build(s, say=True, plan=False):
         base.adapter.grid = config.grid
         model.adapter = base.adapter
     else:
+        flops(config, s.text, s.answer)  # refuses an adapter that makes another number of tokens
         models.init(model.adapter.to_empty(device="cpu"), s.seed)
         origins["adapter"] = f"fresh ({config.adapter})"
     if s.tune == "inner":

@@ -112,11 +112,23 @@ def test_an_adapter_of_a_users_own_file(here, name, width):
         assert code == 2 and f"name your own with --adapter FILE.py:{kind}" in said
 
 
+ODD = """
+from adapter import PoolAdapter
+
+class Odd(PoolAdapter):
+    def forward(self, x):
+        return super().forward(x)[:, 1:]
+"""
+
+
 def test_what_is_no_adapter_is_refused_in_one_sentence(here):
+    (here / "odd.py").write_text(ODD)
     for named, sentence in (
         ("nowhere.py:Shuffle", "nowhere.py is no file of Python"),
         ("examples/shuffle.py:Shuffler", "has no class Shuffler"),
         ("qformer", "'qformer' is none of pool, mlp, resampler"),
+        ("odd.py:Odd --init start --out out/odd", "--adapter Odd: makes ("),
+        ("odd.py:Odd --plan", "of an image; for --grid 4 and this LLM it has to be (16, 128)"),
     ):
         code, said = tiny.typed(here, f"python train.py --stage 1 --adapter {named}")
         assert code == 2 and sentence in said

@@ -48,7 +48,7 @@ HOW = [(1.5e-3, 0.1), (5e-3, 0.03), (1e-2, 0.1)]
 # a fourth chance for those that learned to point at none of the three
 MORE = {"resampler": [(2e-2, 0.1)], "resampler, no norm": [(2e-2, 0.1)]}
 STEPS = {1: 150, 2: 600, 3: 200}  # of pool 4x4, 32 rows each
-LONGER = 4  # times as many of each, for the two arms that the README's claim is about
+LONGER = 4  # times as many of each, for the resampler and the pool
 CHOSEN_BY = ("captions, any order", "VQA", "boxes, Acc@0.5")  # by their mean
 SHARE = TOY[3].lr["adapter"] / TOY[1].lr["adapter"]  # the rate of stage 3 in that of stage 1
 
@@ -62,11 +62,16 @@ class Run:
     warmup: float
     seed: int
     on: str  # validation or held out
-    times: int = 1  # the steps
+    times: int = 1  # as many steps
+
+    @property
+    def steps(self):
+        """Of the three stages."""
+        return [self.times * steps(self.arm, stage) for stage in STEPS]
 
     @property
     def home(self):
-        name = "-".join(str(x) for x in (self.arm, self.rate, self.seed, self.times))
+        name = "-".join(map(str, (self.arm, self.rate, self.seed, *self.steps)))
         return OUT / "adapters" / name.replace(", ", "-").replace(" ", "-")
 
 
@@ -77,7 +82,7 @@ def config(arm):
 
 
 def steps(arm, stage):
-    """As many as cost what pool 4x4 costs."""
+    """As many as cost what pool 4x4 costs, rows being as long as --plan assumes."""
     row = TOY[stage]
     budget, own = (
         sum(flops(config(name), row.text, row.answer, stage).values()) for name in ("pool 4x4", arm)
@@ -98,7 +103,7 @@ def trained(run, stage, start=()):
     rate = run.rate * SHARE if stage == 3 else run.rate
     how = ["--adapter", adapter, "--grid", grid, "--lr", f"adapter={rate:g}"]
     budget = ["--batch", 32, "--eval-every", 0, "--save-every", 0]
-    budget += ["--warmup", run.warmup, "--steps", run.times * steps(run.arm, stage)]
+    budget += ["--warmup", run.warmup, "--steps", run.steps[stage - 1]]
     train(stage, run.seed, run.home / f"stage{stage}", *start, *how, *budget)
 
 
@@ -131,19 +136,38 @@ class Records:
 
     def __init__(self):
         self.lock = Lock()
-        lines = RECORDS.read_text().splitlines() if RECORDS.exists() else []
         self.known = {}
-        for record in map(json.loads, lines):
-            self.known[tuple(record[name] for name in Run.__dataclass_fields__)] = record
+        for record in map(json.loads, RECORDS.read_text().splitlines()):
+            run = Run(**{name: record[name] for name in Run.__dataclass_fields__})
+            if run.arm in ARMS and run.steps == record["steps"]:  # else of another budget
+                self.known[run] = record
 
     def of(self, run):
-        key = tuple(asdict(run).values())
-        if key not in self.known:
-            record = asdict(run) | result(run)
+        if run not in self.known:
+            record = asdict(run) | {"steps": run.steps} | result(run)
             with self.lock, open(RECORDS, "a") as file:
                 file.write(json.dumps(record) + "\n")
-            self.known[key] = record
-        return self.known[key]
+            self.known[run] = record
+            print(f"{run}: {record['minutes']:.1f} minutes", flush=True)
+        return self.known[run]
+
+    def best(self, arm):
+        """(rate, warm-up) of an arm, by the validation set."""
+        tried = [run for run in self.known if run.arm == arm and run.on == "validation"]
+        run = max(tried, key=lambda run: mean(self.known[run][name] for name in CHOSEN_BY))
+        return run.rate, run.warmup
+
+    def rows(self):
+        """{name in the table: the records of its seeds} of all arms that are scored"""
+        found = {}
+        for times in (1, LONGER):
+            for arm in ARMS:
+                runs = [run for run in self.known if (run.arm, run.times) == (arm, times)]
+                runs = [run for run in runs if run.on == "held out"]
+                name = arm if times == 1 else f"{arm}, {times} x the steps"
+                if own := [run for run in runs if (run.rate, run.warmup) == self.best(arm)]:
+                    found[name] = [self.known[run] for run in own]
+        return found
 
 
 def adapters(pool, runs, arms=None):
@@ -155,24 +179,14 @@ def adapters(pool, runs, arms=None):
     arms = arms or list(ARMS)
     for arm in arms:  # names the classes of all files before threads do
         config(arm)
-
-    tried = [Run(arm, *how, 0, "validation") for arm in arms for how in HOW + MORE.get(arm, [])]
-    best = {}
-    for run, record in zip(tried, pool.map(records.of, tried)):
-        score = mean(record[name] for name in CHOSEN_BY)
-        best[run.arm] = max(best.get(run.arm, (0,)), (score, run.rate, run.warmup))
-    final = [Run(arm, *best[arm][1:], seed, "held out") for seed in range(runs) for arm in arms]
-    two = [arm for arm in ("resampler", "pool 4x4") if arm in arms]
-    longer = [Run(arm, *best[arm][1:], 0, "held out", LONGER) for arm in two]
-    list(pool.map(records.of, final + longer))
-
-    rows = {}  # of all arms, also where one alone was run
-    for record in sorted(
-        records.known.values(), key=lambda r: (r["times"], list(ARMS).index(r["arm"]))
-    ):
-        if record["on"] == "held out":
-            longer = f", {record['times']} x the steps" * (record["times"] > 1)
-            rows.setdefault(record["arm"] + longer, []).append(record)
+    tries = [Run(arm, *how, 0, "validation") for arm in arms for how in HOW + MORE.get(arm, [])]
+    list(pool.map(records.of, tries))
+    final = [Run(arm, *records.best(arm), seed, "held out") for seed in range(runs) for arm in arms]
+    for arm in arms:
+        if arm in ("resampler", "pool 4x4"):
+            final.append(Run(arm, *records.best(arm), 0, "held out", LONGER))
+    list(pool.map(records.of, final))
+    rows = records.rows()
     print_table(rows)
     plot({name: found for name, found in rows.items() if name in ARMS})
     return {name: [record["boxes, Acc@0.5"] for record in found] for name, found in rows.items()}
@@ -196,11 +210,11 @@ def print_table(rows):
     named = ("adapter", "tokens", "MFLOP a picture", "rows/s", "steps", "rate, warm-up", *columns)
     print(f"| {' | '.join(named)} |")
     print("|---" * len(named) + "|")
-    rate = speeds({found[0]["arm"] for found in rows.values()})
+    rate = speeds(dict.fromkeys(found[0]["arm"] for found in rows.values()))
     for name, found in rows.items():
         record = found[0]
         arm = record["arm"]
-        every = ", ".join(f"{record['times'] * steps(arm, stage)}" for stage in STEPS)
+        every = ", ".join(map(str, record["steps"]))
         cost = f"{picture_flops(arm) / 1e6:.0f}"
         how = f"{record['rate']:g}, {record['warmup']:g}"
         cells = [name, config(arm).visual_tokens, cost, f"{rate[arm]:.0f}", every, how]

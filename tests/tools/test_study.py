@@ -12,7 +12,7 @@ from train import TOY
 
 
 @pytest.fixture
-def asked(tmp_path, monkeypatch):
+def made(tmp_path, monkeypatch):
     """-> the runs that would have been trained, in order; a run scores by its rate alone."""
     runs = []
 
@@ -24,6 +24,7 @@ def asked(tmp_path, monkeypatch):
 
     monkeypatch.setattr(study, "result", result)
     monkeypatch.setattr(study, "RECORDS", tmp_path / "records.jsonl")
+    study.RECORDS.touch()
     monkeypatch.setattr(study.toy, "write", lambda *args, **how: None)
     monkeypatch.setattr(study.toy, "write_mixture", lambda *args: None)
     monkeypatch.setattr(study, "speeds", lambda arms: dict.fromkeys(arms, 1))
@@ -31,21 +32,34 @@ def asked(tmp_path, monkeypatch):
     return runs
 
 
-def test_what_is_recorded_is_not_run_again_and_each_arm_has_its_own_best_rate(asked, capsys):
+def test_what_is_recorded_is_not_run_again_and_each_arm_has_its_own_best_rate(made, capsys):
     with ThreadPoolExecutor(1) as pool:
         study.adapters(pool, 3, ["mlp"])
-        assert [(run.on, run.rate) for run in asked[:3]] == [
+        assert [(run.on, run.rate) for run in made[:3]] == [
             ("validation", rate) for rate, _ in study.HOW
         ]
-        assert [(run.rate, run.seed) for run in asked[3:]] == [(5e-3, seed) for seed in range(3)]
-        asked.clear()
+        assert [(run.rate, run.seed) for run in made[3:]] == [(5e-3, seed) for seed in range(3)]
+        made.clear()
         study.adapters(pool, 3, ["mlp", "pool 2x2"])  # an arm is added
-    assert {run.arm for run in asked} == {"pool 2x2"} and len(asked) == 6
-    assert {run.rate for run in asked if run.on == "held out"} == {1e-2}
+    assert {run.arm for run in made} == {"pool 2x2"} and len(made) == 6
+    assert {run.rate for run in made if run.on == "held out"} == {1e-2}
     assert len(study.RECORDS.read_text().splitlines()) == 12
-    assert (
-        "| pool 2x2 | 4 | 121 | 1 | 170, 650, 214 | 0.01, 0.1 | 1.000 |" in capsys.readouterr().out
-    )
+
+
+def test_a_record_of_another_rate_or_another_budget_is_in_no_row(made, monkeypatch, capsys):
+    with ThreadPoolExecutor(1) as pool:
+        study.adapters(pool, 1, ["mlp"])
+        made.clear()
+        monkeypatch.setattr(study, "MORE", {"mlp": [(5.1e-3, 0.03)]})
+        monkeypatch.setattr(study.Records, "best", lambda self, arm: (5.1e-3, 0.03))
+        study.adapters(pool, 1, ["mlp"])
+        assert [run.rate for run in made] == [5.1e-3, 5.1e-3]
+        last = capsys.readouterr().out.splitlines()[-1]
+        assert "| 101, 454, 157 | 0.0051, 0.03 |" in last and "–" not in last
+        made.clear()
+        monkeypatch.setitem(study.STEPS, 2, 500)
+        study.adapters(pool, 1, ["mlp"])
+        assert len(made) == 5
 
 
 def test_every_arm_has_the_training_flops_of_the_pool():
