@@ -1,9 +1,8 @@
 """The adapters of the bench without the LayerNorm that stands in front: `--adapter tools/plain.py:PlainPool`."""
 
+from adapter import PoolAdapter, Resampler
 from examples.abstractor import Abstractor
 from examples.fourier import Fourier
-
-from adapter import PoolAdapter, Resampler
 from examples.shuffle import Shuffle
 
 
