@@ -128,7 +128,10 @@ def test_what_is_no_adapter_is_refused_in_one_sentence(here):
         ("examples/shuffle.py:Shuffler", "has no class Shuffler"),
         ("qformer", "'qformer' is none of pool, mlp, resampler"),
         ("odd.py:Odd --init start --out out/odd", "--adapter Odd: makes ("),
-        ("odd.py:Odd --init start --plan", "of an image; for --grid 2 and this LLM it has to be (4, 32)"),
+        (
+            "odd.py:Odd --init start --plan",
+            "of an image; for --grid 2 and this LLM it has to be (4, 32)",
+        ),
     ):
         code, said = tiny.typed(here, f"python train.py --stage 1 --adapter {named}")
         assert code == 2 and sentence in said
