@@ -50,6 +50,7 @@ MORE = {"resampler": [(2e-2, 0.1)], "resampler, no norm": [(2e-2, 0.1)]}
 STEPS = {1: 150, 2: 600, 3: 200}  # of pool 4x4, 32 rows each
 LONGER = 4  # times as many of each, for the resampler and the pool
 CHOSEN_BY = ("captions, any order", "VQA", "boxes, Acc@0.5")  # by their mean
+PLACES = ("above", "below", "half", "left", "right")  # types of questions; the others ask what
 SHARE = TOY[3].lr["adapter"] / TOY[1].lr["adapter"]  # the rate of stage 3 in that of stage 1
 
 
@@ -206,7 +207,7 @@ def speeds(arms):
 
 
 def print_table(rows):
-    columns = list(ROWS)[:5]
+    columns = ("captions, any order", "VQA", "VQA, places", "boxes, Acc@0.5", "chat turns")
     named = ("adapter", "tokens", "MFLOP a picture", "rows/s", "steps", "rate, warm-up", *columns)
     print(f"| {' | '.join(named)} |")
     print("|---" * len(named) + "|")
@@ -218,7 +219,9 @@ def print_table(rows):
         cost = f"{picture_flops(arm) / 1e6:.0f}"
         how = f"{record['rate']:g}, {record['warmup']:g}"
         cells = [name, config(arm).visual_tokens, cost, f"{rate[arm]:.0f}", every, how]
-        cells += [show([record[column] for record in found], 3) for column in columns]
+        for seed in found:
+            seed["VQA, places"] = mean(seed[f"vqa, type {kind}"] for kind in PLACES)
+        cells += [show([seed[column] for seed in found], 3) for column in columns]
         print(f"| {' | '.join(map(str, cells))} |")
 
 
