@@ -19,6 +19,14 @@ def own_cache(tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def no_gpu(request, monkeypatch):
+    """What passes here passes on every machine: on a GPU run the pooling kernel's own tests and no others."""
+    if request.module.__name__ != "test_pool_triton":
+        monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A small world to train in, and `start`, a random model (tiny.world); no test writes into it."""
