@@ -72,7 +72,8 @@ class Run:
 
     @property
     def home(self):
-        name = "-".join(map(str, (self.arm, self.rate, self.seed, *self.steps)))
+        """Its folder; the seed that chose a rate goes on from its own stages 1 and 2 where they are there."""
+        name = "-".join(map(str, (self.arm, self.rate, self.warmup, self.seed, *self.steps)))
         return OUT / "adapters" / name.replace(", ", "-").replace(" ", "-")
 
 
